@@ -1,0 +1,209 @@
+"""PyTorch's optimizers with plugins, known to the training step by what they own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tessera.errors import InputError
+from tessera.graph.ownership import own, owned
+from tessera.graph.transform import Transform
+
+__all__ = ["SGD", "Adam", "InnerSGD", "Transform"]
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Plugin: TypeAlias = Transform | Sequence[Transform] | None
+O = TypeVar("O", bound=Optimizer)
+
+
+def Adam(
+    params: Params,
+    lr: float = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    plugin: Plugin = None,
+) -> torch.optim.Adam:
+    """`torch.optim.Adam` that `tg.training_step` steps by itself, with plugins.
+
+    Args:
+        params: As for any PyTorch optimizer: parameters, groups, or named parameters.
+        lr: Learning rate, >= 0.
+        betas: Decay of the mean and of the squared gradient.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty.
+        plugin: One `Transform` or a list of them, applied in order around every step.
+
+    Returns:
+        A `torch.optim.Optimizer`. Keep it in a variable: ownership is held weakly.
+
+    Raises:
+        InputError: A plugin is not a Transform.
+
+    Source:
+        Kingma & Ba 2015 (arXiv:1412.6980).
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> isinstance(Adam(model.parameters(), lr=2e-4), torch.optim.Optimizer)
+        True
+    """
+    entries = list(params)
+    fused = _fused(entries)
+    optimizer = torch.optim.Adam(entries, lr, betas, eps, weight_decay, fused=fused)
+    return _equip(optimizer, plugin)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class InnerSGD:
+    """An inner loop of plain gradient descent: data for a meta-learner, without a state.
+
+    Attributes:
+        lr: Learning rate, > 0.
+        steps: How many steps; None leaves it to the meta-learner.
+
+    Example:
+        >>> SGD(1e-2).update({"w": torch.ones(1)}, {"w": torch.ones(1)})
+        {'w': tensor([0.9900])}
+    """
+
+    lr: float
+    steps: int | None = None
+
+    def update(
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """``theta - lr * gradient`` as new tensors, differentiable in both arguments."""
+        return {name: p - self.lr * grads[name] for name, p in params.items()}
+
+
+@overload
+def SGD(params: float, *, steps: int | None = ...) -> InnerSGD: ...
+@overload
+def SGD(params: nn.Module, *, lr: float, steps: int | None = ...) -> InnerSGD: ...
+@overload
+def SGD(
+    params: Params,
+    lr: float,
+    *,
+    momentum: float = ...,
+    weight_decay: float = ...,
+    plugin: Plugin = ...,
+) -> torch.optim.SGD: ...
+def SGD(
+    params: Params | nn.Module | float,
+    lr: float | None = None,
+    *,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    steps: int | None = None,
+    plugin: Plugin = None,
+) -> torch.optim.SGD | InnerSGD:
+    """Stochastic gradient descent: an optimizer, or the specification of an inner loop.
+
+    ``SGD(model.parameters(), lr=0.1)`` is `torch.optim.SGD` that `tg.training_step` steps by
+    itself. ``SGD(1e-2)`` and ``SGD(model, lr=1e-2, steps=5)`` are immutable `InnerSGD` values.
+
+    Args:
+        params: Parameters (an optimizer); a number or a module (an inner loop).
+        lr: Learning rate; not given when `params` is the number.
+        momentum: Heavy-ball momentum of the optimizer.
+        weight_decay: L2 penalty of the optimizer.
+        steps: Length of the inner loop.
+        plugin: One `Transform` or a list of them, applied in order around every step.
+
+    Raises:
+        InputError: The learning rate is missing, or an argument belongs to the other form.
+
+    Example:
+        >>> SGD(1e-2).lr, SGD(nn.Linear(1, 1), lr=1e-2, steps=5).steps
+        (0.01, 5)
+        >>> isinstance(SGD(nn.Linear(1, 1).parameters(), lr=0.1), torch.optim.SGD)
+        True
+    """
+    if isinstance(params, float | int | nn.Module):
+        rate = params if isinstance(params, float | int) else lr
+        if rate is None or rate <= 0:
+            raise InputError(f"an inner SGD needs lr > 0, got {rate}; write tg.SGD(1e-2)")
+        if momentum or weight_decay or plugin is not None:
+            raise InputError(
+                "an inner SGD is plain gradient descent: momentum, weight_decay and plugin belong "
+                "to the optimizer, tg.SGD(model.parameters(), lr=...)"
+            )
+        return InnerSGD(lr=float(rate), steps=steps)
+    if lr is None or steps is not None:
+        raise InputError(
+            "tg.SGD over parameters needs lr= and takes no steps=; an inner loop is written "
+            "tg.SGD(model, lr=1e-2, steps=5)"
+        )
+    return _equip(torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay), plugin)
+
+
+def _fused(params: list[Any]) -> bool:
+    """Whether PyTorch's one-pass kernel takes these; Adam's loop is four times slower on a CPU."""
+    tensors: list[Tensor] = []
+    for entry in params:
+        group = entry["params"] if isinstance(entry, dict) else [entry]
+        tensors += [e[1] if isinstance(e, tuple) else e for e in group]
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
+
+
+def _equip(optimizer: O, plugin: Plugin) -> O:
+    """Register ownership and hang the plugins into the optimizer's own hooks."""
+    plugins = (plugin,) if isinstance(plugin, Transform) else tuple(plugin or ())
+    for p in plugins:
+        if not isinstance(p, Transform):
+            raise InputError(
+                f"plugin= takes graph.Transform objects such as opt.path_integral(), got {p!r}"
+            )
+    own(optimizer, plugins)
+    if not plugins:
+        return optimizer
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in plugins:
+        p.attach(params)
+    optimizer.register_step_pre_hook(_before)
+    optimizer.register_step_post_hook(_after)
+    optimizer.register_state_dict_post_hook(_add_plugin_state)
+    optimizer.register_load_state_dict_pre_hook(_take_plugin_state)
+    return optimizer
+
+
+def _plugins(optimizer: Optimizer) -> tuple[Transform, ...]:
+    known = owned(optimizer)
+    return known.plugins if known else ()
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(a is not None for a in (*args[1:], *kwargs.values())):
+        raise InputError(
+            "an optimizer with plugins takes no closure: call backward() first, then step()"
+        )
+    for p in _plugins(optimizer):
+        p.before_step()
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for p in _plugins(optimizer):
+        p.after_step()
+
+
+def _add_plugin_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "plugins": [p.state_dict() for p in _plugins(optimizer)]}
+
+
+def _take_plugin_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    saved, plugins = state.get("plugins", []), _plugins(optimizer)
+    if len(saved) != len(plugins):
+        raise InputError(
+            f"this optimizer has {len(plugins)} plugins, the saved state has {len(saved)}: build "
+            "it with the plugins it was saved with"
+        )
+    for p, values in zip(plugins, saved, strict=True):
+        p.load_state_dict(values)

@@ -1,0 +1,185 @@
+"""``1/2 sum w (theta - c)^2``: the one function behind EWC, SI and L2-SP."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["PenaltyTap", "is_watched", "report", "weighted_square"]
+
+# A float32 dot product over 50 M elements was seen 0.36 % off; over 2^16 it is right to 1e-7, so
+# dots are taken chunk by chunk and the partial sums added in float64.
+_CHUNK = 1 << 16
+
+
+def weighted_square(
+    params: Sequence[Tensor],
+    centres: Sequence[Tensor],
+    weights: Sequence[Tensor] | float,
+    *,
+    constant: float = 0.0,
+) -> Tensor:
+    """``1/2 sum_i w_i (theta_i - c_i)^2 + constant``, the sum over all elements of all tensors.
+
+    Computed in one fused pass with its gradient ``w (theta - c)`` where no transform is at work,
+    and as plain differentiable math inside `torch.func`, forward AD and `torch.compile`. Sums are
+    right to 1e-6 at any size.
+
+    Args:
+        params: The tensors theta_i to differentiate.
+        centres: One for each, same shape; no gradient flows into them.
+        weights: One for each, same shape, or one number for all; no gradient flows into them.
+        constant: Added to the value.
+
+    Returns:
+        0-d tensor on the device of the first parameter.
+
+    Example:
+        >>> theta = torch.tensor([2.0, 4.0], requires_grad=True)
+        >>> value = weighted_square([theta], [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.5])])
+        >>> value.backward()
+        >>> value.item(), theta.grad.tolist()
+        (2.5, [3.0, 1.0])
+    """
+    if not params:
+        return torch.tensor(float(constant))
+    if _transformed():
+        return _plain(params, centres, weights, constant)
+    value: Tensor = _WeightedSquare.apply(centres, weights, constant, *params)  # type: ignore[no-untyped-call]
+    return value
+
+
+def _transformed() -> bool:
+    """Whether a functorch level, forward AD or a compiler is looking at the operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _plain(
+    params: Sequence[Tensor],
+    centres: Sequence[Tensor],
+    weights: Sequence[Tensor] | float,
+    constant: float,
+) -> Tensor:
+    total = params[0].new_tensor(constant)
+    for i, (p, c) in enumerate(zip(params, centres, strict=True)):
+        w = weights if isinstance(weights, float | int) else weights[i].detach()
+        total = total + 0.5 * (w * (p - c.detach()).square()).sum().to(total.device)
+    return total
+
+
+def _gradients(
+    params: Sequence[Tensor], centres: Sequence[Tensor], weights: Sequence[Tensor] | float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``theta - c`` and ``w (theta - c)``."""
+    gaps = [p - c for p, c in zip(params, centres, strict=True)]
+    if isinstance(weights, float | int):
+        return gaps, [gap * weights for gap in gaps]
+    return gaps, [gap * w for gap, w in zip(gaps, weights, strict=True)]
+
+
+def _dot(a: Tensor, b: Tensor) -> list[Tensor]:
+    if a.dtype not in (torch.float32, torch.float64):
+        a, b = a.float(), b.float()
+    pairs = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
+    return [torch.dot(x, y) for x, y in pairs]
+
+
+class _WeightedSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        centres: Sequence[Tensor],
+        weights: Sequence[Tensor] | float,
+        constant: float,
+        *params: Tensor,
+    ) -> Tensor:
+        gaps, grads = _gradients(params, centres, weights)
+        device = params[0].device
+        partial = [d.to(device) for g, h in zip(gaps, grads, strict=True) for d in _dot(g, h)]
+        ctx.save_for_backward(*params)
+        ctx.centres, ctx.weights, ctx.grads = centres, weights, grads
+        total = 0.5 * torch.stack(partial).sum(dtype=torch.float64) + constant
+        return total.to(params[0].dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        # Taken, not kept: the engine may then hand the very memory to .grad without a copy.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None or torch.is_grad_enabled():
+            params = ctx.saved_tensors
+            grads = _gradients(params, [c.detach() for c in ctx.centres], ctx.weights)[1]
+        if torch.is_grad_enabled() or grad.device.type != "cpu" or grad.item() != 1.0:
+            grads = [g * grad.to(g.device) for g in grads]
+        if not torch.is_grad_enabled():
+            report(ctx.saved_tensors, grads)
+        return None, None, None, *grads
+
+
+class PenaltyTap:
+    """Collects the gradients that quadratic penalties send into some parameters.
+
+    SI integrates the gradient of the task's loss alone; this is how it learns which part of
+    ``.grad`` was not the task's.
+
+    Args:
+        params: The parameters to watch; held for as long as the tap lives.
+
+    Example:
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> tap = PenaltyTap([w])
+        >>> weighted_square([w], [torch.zeros(1)], 3.0).backward()
+        >>> tap.take()
+        [tensor([3.])]
+        >>> tap.take()
+        [None]
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self._sums: dict[int, Tensor] = {}
+        _TAPS.update({id(p): self for p in self.params})
+
+    def take(self) -> list[Tensor | None]:
+        """The sums since the last call, one for each parameter; None where nothing came."""
+        sums, self._sums = self._sums, {}
+        return [sums.get(id(p)) for p in self.params]
+
+    def _add(self, param: Tensor, grad: Tensor) -> None:
+        known = self._sums.get(id(param))
+        self._sums[id(param)] = grad.detach().clone() if known is None else known + grad
+
+
+# A tap holds its parameters, so an id cannot be reused while its entry is here.
+_TAPS: weakref.WeakValueDictionary[int, PenaltyTap] = weakref.WeakValueDictionary()
+
+
+def is_watched(param: Tensor) -> bool:
+    """Whether a `PenaltyTap` watches this parameter.
+
+    Example:
+        >>> is_watched(torch.ones(1))
+        False
+    """
+    return id(param) in _TAPS
+
+
+def report(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Tell whoever watches these parameters what a penalty adds to their gradients.
+
+    Example:
+        >>> report([torch.ones(1)], [torch.ones(1)])  # nobody watches: nothing happens
+    """
+    if not _TAPS:
+        return
+    for p, g in zip(params, grads, strict=True):
+        tap = _TAPS.get(id(p))
+        if tap is not None and g is not None:
+            tap._add(p, g)

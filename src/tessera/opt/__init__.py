@@ -1,0 +1,6 @@
+"""Transforms for an optimizer's ``plugin=``."""
+
+from tessera.opt.consolidate import consolidate
+from tessera.opt.path_integral import path_integral
+
+__all__ = ["consolidate", "path_integral"]

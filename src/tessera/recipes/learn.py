@@ -1,0 +1,228 @@
+"""Run a recipe on a benchmark, from the settings to the result."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from tessera import checkpoint, data, random, trees
+from tessera.errors import CheckpointError, InputError, MetricError, UnknownNameError, unknown_name
+from tessera.recipes import baselines, penalties, replay
+from tessera.recipes.run import Progress, Run
+from tessera.recipes.settings import Settings
+
+__all__ = ["RECIPES", "Recipe", "find_recipe", "learn", "saved_settings"]
+
+Recipe: TypeAlias = Callable[[Run], None]
+
+RECIPES: Mapping[str, Recipe] = {
+    "finetune": baselines.finetune,
+    "joint": baselines.joint,
+    "ewc": penalties.ewc,
+    "online-ewc": penalties.online_ewc,
+    "si": penalties.si,
+    "lwf": penalties.lwf,
+    "l2sp": penalties.l2sp,
+    "er": replay.er,
+    "der": replay.der,
+    "er+ewc": replay.er_ewc,
+}
+
+
+def learn(
+    settings: Settings,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    every: int = 100,
+    watch: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Learn a stream of tasks with one recipe and measure it.
+
+    The same settings give the same weights, bit for bit, whether or not the run was killed and
+    resumed on the way.
+
+    Args:
+        settings: What to learn and how.
+        folder: Where to keep ``checkpoint.safetensors``; None keeps nothing.
+        resume: Go on from the checkpoint in `folder`, if there is one.
+        every: Steps between checkpoints.
+        watch: Called after every step.
+
+    Returns:
+        JSON-ready: "recipe", "stream", "scenario", "seed", "num_tasks", "accuracy_matrix" (row 0
+        is the untrained model), "average_accuracy", "backward_transfer", "forward_transfer",
+        "forgetting" (None where undefined, as for "joint"), "curve", "seconds",
+        "weights_sha256", "settings".
+
+    Raises:
+        UnknownNameError: No such recipe, scenario, stream or model function.
+        MissingDataError: The stream's files are not on this machine.
+        InputError: A setting or the data is out of range.
+        CheckpointError: The checkpoint is damaged, too new, or of another run.
+        StorageError: The checkpoint cannot be written.
+        NonFiniteError: The loss diverged.
+
+    Example:
+        >>> result = learn(Settings(recipe="finetune", epochs=1))
+        >>> result["recipe"], len(result["accuracy_matrix"])
+        ('finetune', 6)
+    """
+    recipe = find_recipe(settings.recipe)
+    bench = data.benchmark(
+        settings.stream,
+        settings.scenario,
+        num_tasks=settings.num_tasks,
+        path=settings.data,
+        seed=settings.seed,
+        validation=settings.validation,
+    )
+    settings = settings.resolved(threads=torch.get_num_threads())
+    place = Path(folder) if folder is not None else None
+    saved = _saved(place, settings, resume)
+    threads = torch.get_num_threads()
+    assert settings.threads is not None
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = _build(settings, bench.input_shape, bench.num_classes)
+            run = Run(model, bench, settings, folder=place, every=every, watch=watch)
+            if saved is not None:
+                run.restore(saved)
+            if not run.finished:
+                recipe(run)
+    finally:
+        torch.set_num_threads(threads)
+    return _result(run)
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or the function ``recipe`` in that file."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if not name.endswith(".py"):
+        raise unknown_name("recipe", name, [*RECIPES, "FILE.py with def recipe(run)"])
+    if not Path(name).is_file():
+        raise UnknownNameError(f"there is no recipe file {name!r}")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, "recipe", None)
+    if not callable(found):
+        raise UnknownNameError(
+            f"{name} defines no function named recipe; write: def recipe(run): ..., "
+            "starting from one in tessera.recipes"
+        )
+    recipe: Recipe = found
+    return recipe
+
+
+def _build(settings: Settings, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    package, _, function = settings.model.partition(":")
+    try:
+        build = getattr(importlib.import_module(package), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownNameError(
+            f"there is no model function {settings.model!r} ({error}); name it PKG:FUNC, a "
+            "function of (input_shape, num_classes), importable from here"
+        ) from error
+    torch.manual_seed(random.key(settings.seed, "init") >> 1)
+    model = build(shape, num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{settings.model} returned {type(model).__name__}, not an nn.Module")
+    model.eval()
+    with torch.no_grad():
+        out = model(torch.zeros(2, *shape))
+    if not isinstance(out, torch.Tensor) or out.shape != (2, num_classes):
+        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise InputError(
+            f"{settings.model} must map [n, {', '.join(map(str, shape))}] to [n, {num_classes}] "
+            f"logits; for 2 rows it gave {got}"
+        )
+    return model.train()
+
+
+def saved_settings(folder: str | os.PathLike[str]) -> Settings | None:
+    """The settings of the run saved in `folder`; None if there is none.
+
+    Example:
+        >>> saved_settings("no/such/folder") is None
+        True
+    """
+    state = _load(Path(folder))
+    return Settings.from_dict((state.counters or {})["settings"]) if state is not None else None
+
+
+def _load(folder: Path) -> checkpoint.State | None:
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return None
+    state = checkpoint.load(path)
+    counters = state.counters
+    if not isinstance(counters, Mapping) or "settings" not in counters:
+        raise CheckpointError(f"{path} is a Tessera checkpoint, but not of `tessera learn`")
+    return state
+
+
+def _saved(folder: Path | None, settings: Settings, resume: bool) -> checkpoint.State | None:
+    if folder is None:
+        if resume:
+            raise InputError("resume needs the folder of the checkpoint: --checkpoint DIR")
+        return None
+    state = _load(folder)
+    if state is None:
+        return None
+    counters = state.counters or {}
+    if not resume:
+        if counters["finished"]:
+            return None
+        raise InputError(
+            f"{folder} holds an unfinished run (step {state.step}). Go on with it by --resume, or "
+            "choose another folder"
+        )
+    theirs, mine = counters["settings"], settings.to_dict()
+    differ = [
+        f"{k}: {theirs[k]!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{folder} holds a run with other settings ({'; '.join(differ)}); leave them out to "
+            "go on with it, or choose another folder"
+        )
+    return state
+
+
+def _result(run: Run) -> dict[str, Any]:
+    def defined(metric: Callable[[], float]) -> float | None:
+        try:
+            return metric()
+        except MetricError:
+            return None
+
+    m = run.matrix
+    rows = [[None if math.isnan(a) else a for a in row] for row in m.rows]
+    return {
+        "recipe": run.settings.recipe,
+        "stream": run.settings.stream,
+        "scenario": run.settings.scenario,
+        "seed": run.settings.seed,
+        "num_tasks": m.num_tasks,
+        "accuracy_matrix": rows,
+        "average_accuracy": m.average_accuracy(),
+        "backward_transfer": defined(m.backward_transfer),
+        "forward_transfer": defined(m.forward_transfer),
+        "forgetting": defined(m.forgetting),
+        "curve": run.curve,
+        "seconds": run.elapsed(),
+        "weights_sha256": trees.sha256(run.model.state_dict()),
+        "settings": run.settings.to_dict(),
+    }
