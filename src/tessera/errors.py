@@ -3,7 +3,7 @@
 Each class also derives from the builtin one would expect, so ``except ValueError`` works too::
 
     TesseraError
-    ├── InputError        (ValueError)           wrong shape, dtype, label, range, or a NaN in the data
+    ├── InputError        (ValueError)           wrong shape, dtype, label or range; NaN in data
     ├── UnknownNameError  (LookupError)          no such recipe, scenario, stream, policy, ...
     ├── AnchorError       (ValueError)           an anchor that does not fit what it is used for
     ├── MetricError       (ValueError)           a figure asked for before it was recorded

@@ -298,3 +298,9 @@ def test_a_header_too_large_for_safetensors_is_refused(tmp_path, monkeypatch):
 def test_a_malformed_state_is_refused_at_once(arguments, message):
     with pytest.raises(InputError, match=message):
         State(**arguments)
+
+
+def test_an_empty_tensor_with_a_zero_stride_round_trips(tmp_path: Path) -> None:
+    empty = torch.zeros(0, dtype=torch.int64).as_strided((0,), (0,))
+    save(tmp_path / "c", State(weights={}, replay={"keys": empty}))
+    assert load(tmp_path / "c").replay["keys"].shape == (0,)

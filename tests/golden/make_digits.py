@@ -1,7 +1,7 @@
 """Make `src/tessera/data/bundled/digits.npz` from a scikit-learn wheel.
 
-pip download --no-deps scikit-learn -d /tmp/wheel
-python tests/golden/make_digits.py /tmp/wheel/scikit_learn-*.whl
+pip download --no-deps scikit-learn==1.9.1 -d wheel
+python tests/golden/make_digits.py wheel/scikit_learn-*.whl
 """
 
 import gzip

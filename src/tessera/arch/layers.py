@@ -116,7 +116,10 @@ def _channel_norm(module: nn.Module, uses: Sequence[Use]) -> dict[str, Tensor]:
             normal = F.group_norm(a, module.num_groups, None, None, module.eps)
         else:
             assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-            normal = F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            mean, var = module.running_mean.to(a.dtype), module.running_var.to(a.dtype)
+            normal = F.batch_norm(a, mean, var, eps=module.eps)
         n, channels = a.shape[:2]
         weight = weight + (delta * normal).reshape(n, channels, -1).sum(2)
         bias = bias + delta.reshape(n, channels, -1).sum(2)

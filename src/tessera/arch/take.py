@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -105,15 +105,26 @@ def anchor_from(
             logits=logits,
             seed=seed,
         )
+    # All that may fail comes first: a plugin that is told of an anchor starts afresh.
+    frozen = shadow(model, params, buffers)
+    stats |= _from_plugins(live)
+    stats["buffers"] = buffers
+    anchor = Anchor(name, params, stats)
+    anchor._attach(frozen, model)
+    return anchor
+
+
+def _from_plugins(live: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """What the transforms of all owners add; each knows its own optimizer's part of the model."""
     names = {id(p): n for n, p in live.items()}
+    found: dict[str, Any] = {}
     for optimizer in owners(live.values()):
         known = owned(optimizer)
         for plugin in known.plugins if known else ():
-            stats |= plugin.on_anchor(names)
-    stats["buffers"] = buffers
-    anchor = Anchor(name, params, stats)
-    anchor._attach(shadow(model, params, buffers), model)
-    return anchor
+            for key, value in plugin.on_anchor(names).items():
+                both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+                found[key] = {**found[key], **value} if both else value
+    return found
 
 
 def _recycled(name: str, live: dict[str, nn.Parameter]) -> dict[str, Any]:

@@ -181,6 +181,9 @@ def _fingerprint(header: Mapping[str, Any]) -> str:
 
 def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of a contiguous CPU tensor, sharing its memory."""
+    if tensor.numel() == 0:
+        # An empty tensor may have any strides, and PyTorch refuses to reinterpret some of them.
+        return np.empty(0, np.uint8)
     flat: npt.NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
     return flat
 

@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,11 @@ def add_to(commands: Any) -> None:
     how.add_argument("--lam", type=float, help="penalty strength; default: by recipe and scenario")
     how.add_argument("--buffer", type=int, help="rows replayed from; default: 200 on digits, 500")
     how.add_argument("--seed", type=int, help=f"default: {d.seed}")
-    how.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    how.add_argument(
+        "--threads",
+        type=int,
+        help=f"CPU threads; default: {d.threads}, so that every machine gets the same bits",
+    )
     how.add_argument(
         "--validation",
         type=float,
@@ -65,7 +68,12 @@ def add_to(commands: Any) -> None:
     )
     keep = parser.add_argument_group("what to keep")
     keep.add_argument("--checkpoint", metavar="DIR", help="save the run here as it goes")
-    keep.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    keep.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="default: every second, and after each task",
+    )
     keep.add_argument("--resume", action="store_true", help="go on from the checkpoint, if any")
     keep.add_argument("--json", metavar="FILE", help="write the result here")
     keep.add_argument("--report", metavar="DIR", help="write DIR/index.html")
@@ -81,7 +89,7 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.checkpoint_every < 1:
+    if args.checkpoint_every is not None and args.checkpoint_every < 1:
         raise InputError(f"--checkpoint-every must be >= 1, got {args.checkpoint_every}")
     settings = _settings(args)
     for name in args.compare:

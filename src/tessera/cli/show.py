@@ -26,7 +26,9 @@ class Watch:
     Example:
         >>> watch = Watch(quiet=True)
         >>> with watch.showing("er"):
-        ...     watch.update(Progress(task=1, num_tasks=2, step=1, num_steps=9, loss=0.5, accuracy=0.9))
+        ...     watch.update(
+        ...         Progress(task=1, num_tasks=2, step=1, num_steps=9, loss=0.5, accuracy=0.9)
+        ...     )
     """
 
     def __init__(self, *, quiet: bool = False) -> None:

@@ -53,12 +53,13 @@ class Column:
     def put(self, place: Place, value: Tensor, source: Place) -> None:
         """Copy ``value[source]`` to `place`; `value` [n, ...] may be on any device."""
         words = value.detach().resolve_neg().view(_WORDS[value.element_size()])
-        self.store[place] = words.numpy(force=True).reshape(len(value), -1)[source]
+        rows = words.numpy(force=True).reshape(len(value), self.store.shape[1])
+        self.store[place] = rows[source] if isinstance(source, slice) else rows.take(source, 0)
 
     def rows(self, place: Place) -> Tensor:
         """A copy of the rows at `place`, as a CPU tensor [n, ...]."""
         taken = self.store[place].copy() if isinstance(place, slice) else self.store.take(place, 0)
-        return torch.from_numpy(taken.reshape(-1, *self.row_shape)).view(self.dtype)
+        return torch.from_numpy(taken.reshape(len(taken), *self.row_shape)).view(self.dtype)
 
 
 def shown(value: object) -> str:

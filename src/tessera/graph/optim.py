@@ -18,7 +18,7 @@ __all__ = ["SGD", "Adam", "InnerSGD", "Transform"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Plugin: TypeAlias = Transform | Sequence[Transform] | None
-O = TypeVar("O", bound=Optimizer)
+Opt = TypeVar("Opt", bound=Optimizer)
 
 
 def Adam(
@@ -54,7 +54,7 @@ def Adam(
         >>> isinstance(Adam(model.parameters(), lr=2e-4), torch.optim.Optimizer)
         True
     """
-    entries = list(params)
+    entries: list[Any] = list(params)
     fused = _fused(entries)
     optimizer = torch.optim.Adam(entries, lr, betas, eps, weight_decay, fused=fused)
     return _equip(optimizer, plugin)
@@ -154,7 +154,7 @@ def _fused(params: list[Any]) -> bool:
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
 
 
-def _equip(optimizer: O, plugin: Plugin) -> O:
+def _equip(optimizer: Opt, plugin: Plugin) -> Opt:
     """Register ownership and hang the plugins into the optimizer's own hooks."""
     plugins = (plugin,) if isinstance(plugin, Transform) else tuple(plugin or ())
     for p in plugins:

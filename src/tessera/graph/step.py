@@ -84,7 +84,7 @@ def _decorate(fn: Callable[P, Tensor], *, optimizer: Optimizer | None) -> Callab
             if optimizer is not None or owner(p) is None:
                 p.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        rows = _batch_size(args)
+        rows = _batch_size((*args, *kwargs.values()))
         for o in stepping:
             known = owned(o)
             if known is not None and rows is not None:

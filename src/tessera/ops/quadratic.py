@@ -88,13 +88,13 @@ def _gradients(
 def _dot(a: Tensor, b: Tensor) -> list[Tensor]:
     if a.dtype not in (torch.float32, torch.float64):
         a, b = a.float(), b.float()
-    pairs = zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True)
+    pairs = zip(torch.split(a.reshape(-1), _CHUNK), torch.split(b.reshape(-1), _CHUNK), strict=True)
     return [torch.dot(x, y) for x, y in pairs]
 
 
 class _WeightedSquare(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         centres: Sequence[Tensor],
         weights: Sequence[Tensor] | float,
@@ -110,7 +110,7 @@ class _WeightedSquare(torch.autograd.Function):
         return total.to(params[0].dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Taken, not kept: the engine may then hand the very memory to .grad without a copy.
         grads, ctx.grads = ctx.grads, None
         if grads is None or torch.is_grad_enabled():

@@ -42,7 +42,7 @@ def learn(
     *,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    every: int = 100,
+    every: int | None = None,
     watch: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Learn a stream of tasks with one recipe and measure it.
@@ -54,7 +54,8 @@ def learn(
         settings: What to learn and how.
         folder: Where to keep ``checkpoint.safetensors``; None keeps nothing.
         resume: Go on from the checkpoint in `folder`, if there is one.
-        every: Steps between checkpoints.
+        every: Steps between checkpoints; None: every second, or less often where saving would
+            take more than a tenth of the time.
         watch: Called after every step.
 
     Returns:
@@ -85,11 +86,10 @@ def learn(
         seed=settings.seed,
         validation=settings.validation,
     )
-    settings = settings.resolved(threads=torch.get_num_threads())
+    settings = settings.resolved()
     place = Path(folder) if folder is not None else None
     saved = _saved(place, settings, resume)
     threads = torch.get_num_threads()
-    assert settings.threads is not None
     torch.set_num_threads(settings.threads)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -105,7 +105,18 @@ def learn(
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name, or the function ``recipe`` in that file."""
+    """The recipe of that name, or the function ``recipe`` in that file.
+
+    Args:
+        name: A key of `RECIPES`, or the path of a Python file, which is run.
+
+    Raises:
+        UnknownNameError: Neither exists, or the file has no function ``recipe``.
+
+    Example:
+        >>> find_recipe("er").__name__
+        'er'
+    """
     if name in RECIPES:
         return RECIPES[name]
     if not name.endswith(".py"):
@@ -113,7 +124,8 @@ def find_recipe(name: str) -> Recipe:
     if not Path(name).is_file():
         raise UnknownNameError(f"there is no recipe file {name!r}")
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, "recipe", None)

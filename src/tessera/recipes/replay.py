@@ -73,7 +73,7 @@ def der(run: Run) -> None:
                 x, _, stored = replay.sample(len(batch.x))
                 total = total + loss.der(run.model(x), stored, alpha=run.lam)
                 x, y, _ = replay.sample(len(batch.x))
-                total = total + 0.5 * T.cross_entropy(run.mask(run.model(x), y), y)
+                total = total + T.cross_entropy(run.mask(run.model(x), y), y)
             return total
 
         for batch in run.batches(task):

@@ -54,6 +54,10 @@ class Progress:
         num_steps: In the whole run.
         loss: Of the newest step that was logged, NaN before the first.
         accuracy: Mean over the tasks seen so far at the last look, NaN before the first.
+
+    Example:
+        >>> Progress(task=1, num_tasks=5, step=3, num_steps=90, loss=0.7, accuracy=0.5).step
+        3
     """
 
     task: int
@@ -113,7 +117,7 @@ class Run:
         settings: Settings,
         *,
         folder: Path | None = None,
-        every: int = 100,
+        every: int | None = None,
         watch: Callable[[Progress], None] | None = None,
     ) -> None:
         self.model = model
@@ -142,7 +146,7 @@ class Run:
         self._loss: Tensor | None = None
         self._clock = time.perf_counter()
         self._saved_at = 0  # step
-        self._last_save = self._save_took = 0.0  # seconds
+        self._last_save, self._save_took = self._clock, 0.0  # seconds
         self._num_steps = 0
 
     def mask(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -246,7 +250,7 @@ class Run:
         with torch.no_grad():
             right = [
                 (head(self.model(a)).argmax(-1) == b).sum()
-                for a, b in zip(x.split(1000), y.split(1000), strict=True)
+                for a, b in zip(torch.split(x, 1000), torch.split(y, 1000), strict=True)
             ]
         self.model.train(training)
         return int(torch.stack(right).sum()) / max(1, len(y))
@@ -286,9 +290,14 @@ class Run:
         )
 
     def _save_if_due(self) -> None:
-        due = self.step - self._saved_at >= self._every
-        # Saving never takes more than about a tenth of the time, however large the replay is.
-        if due and time.perf_counter() - self._last_save > 10 * self._save_took:
+        if self._folder is None:
+            return
+        if self._every is not None:
+            due = self.step - self._saved_at >= self._every
+        else:
+            # Saving takes at most about a tenth of the time, however large the replay is.
+            due = time.perf_counter() - self._last_save > max(1.0, 10 * self._save_took)
+        if due:
             self._save()
 
     def _save(self) -> None:
@@ -319,7 +328,7 @@ class Run:
     def restore(self, state: checkpoint.State) -> None:
         """Take over a saved run; the recipe then goes on from there."""
         self.model.load_state_dict(dict(state.weights))
-        self.anchors = list(state.anchors)
+        self.anchors = [a for a in state.anchors if isinstance(a, arch.Anchor)]
         for a in self.anchors:
             a.bind(self.model)
         counters: Mapping[str, Any] = state.counters or {}

@@ -47,8 +47,8 @@ class Settings:
         num_tasks: How many tasks the stream is cut into.
         seed: Of the weights, the order, the replay and the permutations.
         validation: Fraction of the training rows to measure on in place of the test set.
-        threads: CPU threads; a resumed run uses what it began with, because the last bits of a
-            sum depend on it.
+        threads: CPU threads. 1 unless said: the last bits of a sum depend on the number, so a
+            default of "all cores" would give every machine weights of its own.
 
     Example:
         >>> settings = Settings(recipe="ewc", scenario="domain").resolved()
@@ -69,7 +69,7 @@ class Settings:
     num_tasks: int = 5
     seed: int = 0
     validation: float = 0.0
-    threads: int | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "buffer", "num_tasks", "threads"):
@@ -83,17 +83,14 @@ class Settings:
         if not 0 <= self.validation < 1:
             raise InputError(f"validation must lie in [0, 1), got {self.validation}")
 
-    def resolved(self, threads: int = 1) -> Settings:
+    def resolved(self) -> Settings:
         """The same with every None replaced by the default for this stream and scenario.
-
-        Args:
-            threads: The default for `threads`.
 
         Example:
             >>> Settings(stream="fashion_mnist", recipe="er").resolved().batch_size
             128
         """
-        defaults = {**_DEFAULTS, **_STREAM_DEFAULTS.get(self.stream, {}), "threads": threads}
+        defaults = {**_DEFAULTS, **_STREAM_DEFAULTS.get(self.stream, {})}
         found: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         if self.lam is None:
             found["lam"] = STRENGTHS.get(self.recipe, {}).get(self.scenario, 1.0)

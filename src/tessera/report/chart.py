@@ -164,7 +164,7 @@ def _axes(frame: _Frame) -> str:
         parts.append(_text(frame.left - 8, y + 4, f"{100 * share:.0f}", "end"))
     parts.append(_text(0, 12, "accuracy, %", "start"))
     wide = frame.right - frame.left
-    for step in ticks(frame.steps, at_most=max(3, int(wide / 62))):
+    for step in ticks(frame.steps, at_most=max(4, int(wide / 62))):
         x = frame.x(step)
         parts.append(_rule(x, frame.bottom, x, frame.bottom + 4, "axis-line"))
         parts.append(_text(x, frame.bottom + 18, f"{step:,}", "middle"))

@@ -326,13 +326,18 @@ def _value(value: object) -> str:
     return "–" if value is None else str(value)
 
 
+def _command(command: str) -> str:
+    # Browsers break a line after a hyphen, which would tear "--lr" apart.
+    return re.sub(r"\S*-\S*", r'<span class="word">\g<0></span>', escape(command))
+
+
 def _reproduce(results: Sequence[Result]) -> str:
     commands = [
         command if isinstance(command, str) else shlex.join(map(str, command))
         for result in results
         if (command := result.settings.get("command"))
     ]
-    note = "The same command, stream and seed give the same weights; compare the hashes."
+    note = "On one machine, the same command and seed give the same weights: compare the hashes."
     if not commands:
         note = "No command line was recorded. " + note.replace("command", "settings")
     heads = [f'<th scope="col">{name}</th>' for name in ("recipe", "seed", "weights, SHA-256")]
@@ -347,6 +352,6 @@ def _reproduce(results: Sequence[Result]) -> str:
         for result in results
     ]
     # Baselines of one `learn` call share its command: show it once.
-    shown = [tag("pre", {}, tag("code", {}, escape(c))) for c in dict.fromkeys(commands)]
+    shown = [tag("pre", {}, tag("code", {}, _command(c))) for c in dict.fromkeys(commands)]
     table = _scroll(_table("settings", heads, rows))
     return _section("How to reproduce", note, *shown, table)

@@ -71,7 +71,8 @@ opacity:.7}
 .label.bold{font-weight:650}
 .narrow{display:none}
 pre{margin:1.1rem 0 0;padding:.8rem 1rem;background:var(--soft);border:1px solid var(--faint);
-border-radius:4px;overflow-x:auto}
+border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
+.word{display:inline-block;max-width:100%}
 code{font:.875rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;
 }
 td code{font-size:.8125rem;overflow-wrap:anywhere}
@@ -94,7 +95,6 @@ body{padding:0;max-width:none;font-size:10.5pt}
 figure,tr,pre,dl{break-inside:avoid}
 h2,h3,.note{break-after:avoid}
 .scroll{overflow:visible}
-pre{white-space:pre-wrap;overflow-wrap:anywhere}
 svg{min-width:0!important}
 section{margin-top:2rem}
 }

@@ -1,0 +1,61 @@
+"""Avalanche 0.6.0's own reservoir as a peer; importing this fails if Avalanche is not installed.
+
+It is never a dependency of Tessera. In an environment of its own, from the repository root:
+
+    python -m venv /tmp/peers
+    /tmp/peers/bin/pip install torch==2.13.0
+    /tmp/peers/bin/pip install -e .
+    /tmp/peers/bin/pip install --no-deps torchvision==0.28.0 avalanche-lib==0.6.0
+    /tmp/peers/bin/pip install pillow psutil gputil matplotlib pytorchcv wandb tensorboard tqdm \
+        torchmetrics gdown qpsolvers dill
+    /tmp/peers/bin/python benchmarks/replay.py
+
+PyPI's torchvision is built for CUDA, so beside a CPU build of torch its operators do not load and
+its import stops at two of them. Avalanche uses neither: declaring them lets the import pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+__all__ = ["AVALANCHE", "reservoir"]
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    _ops = torch.library.Library("torchvision", "DEF")  # They live as long as this object.
+    for _name in ("nms", "qnms"):
+        _ops.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Of optional solvers.
+    import avalanche
+    from avalanche.benchmarks.utils.data import make_avalanche_dataset
+    from avalanche.training.storage_policy import ReservoirSamplingBuffer
+
+AVALANCHE = f"Avalanche {avalanche.__version__}"
+
+
+def reservoir(
+    capacity: int, rows: int
+) -> tuple[Callable[[Tensor, Tensor], None], Callable[[], object]]:
+    """Add a batch; draw one of `rows` rows. Both take the cheapest way its interface offers.
+
+    A batch goes in as a data set without targets or task labels, which its own benchmarks add
+    and which cost more. One comes out through a loader as its replay plugin builds it, over the
+    memory alone; the buffer is a new data set after each update, so the loader is new too.
+    """
+    buffer = ReservoirSamplingBuffer(capacity)
+
+    def add(x: Tensor, y: Tensor) -> None:
+        buffer.update_from_dataset(make_avalanche_dataset(TensorDataset(x, y)))
+
+    def sample() -> object:
+        held = buffer.buffer
+        return next(iter(DataLoader(held, rows, shuffle=True, collate_fn=held.collate_fn)))
+
+    return add, sample

@@ -1,0 +1,33 @@
+"""The examples run as a reader would run them, and learn."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What each promises: a figure in its output and the least it may be.
+PROMISES = {"own_loop.py": (r"average accuracy ([\d.]+)", 0.7)}  # finetuning ends near 0.2
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda p: p.name)
+def test_an_example_runs_from_any_folder_and_keeps_its_promise(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pattern, least = PROMISES[path.name]
+    found = re.search(pattern, done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) > least
+    assert len(path.read_text().splitlines()) <= 150
