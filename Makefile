@@ -2,7 +2,7 @@
 
 PYTHON  ?= python3
 RUN     ?= runs/demo
-DEMO    ?= rm -rf $(RUN) && $(BIN)/tessera learn --checkpoint $(RUN) --report $(RUN)/report
+DEMO    ?= rm -rf $(RUN) && $(BIN)/tessera learn --compare finetune er+ewc joint --checkpoint $(RUN) --report $(RUN)/report
 WORKERS ?= 2
 
 BIN   := .venv/bin

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-__all__ = ["AVALANCHE", "reservoir"]
+__all__ = ["NAME", "reservoir"]
 
 try:
     import torchvision  # noqa: F401
@@ -34,25 +34,35 @@ except RuntimeError:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Of optional solvers.
     import avalanche
+    from avalanche.benchmarks.utils.classification_dataset import (
+        _make_taskaware_classification_dataset,
+    )
     from avalanche.benchmarks.utils.data import make_avalanche_dataset
     from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
-AVALANCHE = f"Avalanche {avalanche.__version__}"
+NAME = f"Avalanche {avalanche.__version__}"
 
 
 def reservoir(
-    capacity: int, rows: int
+    capacity: int, rows: int, *, labelled: bool
 ) -> tuple[Callable[[Tensor, Tensor], None], Callable[[], object]]:
-    """Add a batch; draw one of `rows` rows. Both take the cheapest way its interface offers.
+    """Add a batch; draw one of `rows` rows.
 
-    A batch goes in as a data set without targets or task labels, which its own benchmarks add
-    and which cost more. One comes out through a loader as its replay plugin builds it, over the
-    memory alone; the buffer is a new data set after each update, so the loader is new too.
+    A batch goes in as an Avalanche data set: `labelled` with targets and a task label, as those
+    of its own benchmarks are, else the least its buffer takes, which also trains its strategies.
+    One comes out through a loader as its replay plugin builds it, over the memory alone. The
+    buffer is a new data set after each update, so the loader is new each time too.
     """
     buffer = ReservoirSamplingBuffer(capacity)
 
     def add(x: Tensor, y: Tensor) -> None:
-        buffer.update_from_dataset(make_avalanche_dataset(TensorDataset(x, y)))
+        data = TensorDataset(x, y)
+        if labelled:
+            targets = y.tolist()
+            new = _make_taskaware_classification_dataset(data, targets=targets, task_labels=0)
+        else:
+            new = make_avalanche_dataset(data)
+        buffer.update_from_dataset(new)
 
     def sample() -> object:
         held = buffer.buffer

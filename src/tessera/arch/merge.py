@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class Quadratic:
 
 def as_anchors(anchors: Anchor | Sequence[Anchor], who: str) -> tuple[Anchor, ...]:
     """One anchor or several as a tuple, checked."""
-    several = (anchors,) if isinstance(anchors, Anchor) else tuple(anchors)
+    several = tuple(anchors) if isinstance(anchors, Iterable) else (anchors,)
     for a in several:
         if not isinstance(a, Anchor):
             raise AnchorError(

@@ -20,7 +20,7 @@ from tessera.errors import InputError, StorageError
 __all__ = ["add_to"]
 
 _EXAMPLES = """examples:
-  tessera learn                                      # digits, class-incremental, er+ewc
+  tessera learn                                      # digits, class-incremental, der
   tessera learn --recipe ewc --scenario domain --report out
   tessera learn --stream fashion_mnist --recipe der --buffer 500 --json der.json
   tessera learn --stream path/to/idx-or-npz --scenario permuted --recipe er

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tessera.errors import InputError, NonFiniteError
 from tessera.graph.ownership import owned, owner, owners
+from tessera.ops.quadratic import forget
 
 __all__ = ["no_grad", "training_step"]
 
@@ -83,6 +84,7 @@ def _decorate(fn: Callable[P, Tensor], *, optimizer: Optimizer | None) -> Callab
         for p in leaves:
             if optimizer is not None or owner(p) is None:
                 p.grad = None
+        forget(leaves)
         loss.backward()  # type: ignore[no-untyped-call]
         rows = _batch_size((*args, *kwargs.values()))
         for o in stepping:

@@ -27,7 +27,7 @@ def lwf(logits: Tensor, prev_logits: Tensor, *, T: float = 2.0, lam: float = 1.0
         0-d tensor to be added to the task loss; 0 where the two agree.
 
     Raises:
-        InputError: Shapes differ, T is not positive, or `lam` is negative.
+        InputError: Shapes differ, T is not positive and finite, or `lam` is negative.
 
     Source:
         Li & Hoiem 2016, eq. 2 (arXiv:1606.09282); T^2: Hinton, Vinyals & Dean 2015, section 2.1
@@ -40,8 +40,8 @@ def lwf(logits: Tensor, prev_logits: Tensor, *, T: float = 2.0, lam: float = 1.0
         (0.0, True)
     """
     require_strength("loss.lwf", "lam", lam)
-    if not T > 0:
-        raise InputError(f"loss.lwf needs a temperature T > 0, got {T}")
+    if not 0 < T < float("inf"):
+        raise InputError(f"loss.lwf needs a finite temperature T > 0, got {T}")
     if logits.shape != prev_logits.shape:
         raise InputError(
             f"loss.lwf needs two logits of one shape, got {tuple(logits.shape)} and "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PenaltyTap", "is_watched", "report", "weighted_square"]
+__all__ = ["PenaltyTap", "forget", "is_watched", "report", "weighted_square"]
 
 # A float32 dot product over 50 M elements was seen 0.36 % off; over 2^16 it is right to 1e-7, so
 # dots are taken chunk by chunk and the partial sums added in float64.
@@ -114,8 +114,10 @@ class _WeightedSquare(torch.autograd.Function):
         # Taken, not kept: the engine may then hand the very memory to .grad without a copy.
         grads, ctx.grads = ctx.grads, None
         if grads is None or torch.is_grad_enabled():
-            params = ctx.saved_tensors
-            grads = _gradients(params, [c.detach() for c in ctx.centres], ctx.weights)[1]
+            centres, weights = [c.detach() for c in ctx.centres], ctx.weights
+            if not isinstance(weights, float | int):
+                weights = [w.detach() for w in weights]
+            grads = _gradients(ctx.saved_tensors, centres, weights)[1]
         if torch.is_grad_enabled() or grad.device.type != "cpu" or grad.item() != 1.0:
             grads = [g * grad.to(g.device) for g in grads]
         if not torch.is_grad_enabled():
@@ -169,6 +171,25 @@ def is_watched(param: Tensor) -> bool:
         False
     """
     return id(param) in _TAPS
+
+
+def forget(params: Sequence[Tensor]) -> None:
+    """Drop what was reported for these parameters, as their gradients are cleared.
+
+    Example:
+        >>> w = torch.ones(1, requires_grad=True)
+        >>> tap = PenaltyTap([w])
+        >>> _ = torch.autograd.grad(weighted_square([w], [torch.zeros(1)], 3.0), w)  # a look
+        >>> forget([w])
+        >>> tap.take()
+        [None]
+    """
+    if not _TAPS:
+        return
+    for p in params:
+        tap = _TAPS.get(id(p))
+        if tap is not None:
+            tap._sums.pop(id(p), None)
 
 
 def report(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

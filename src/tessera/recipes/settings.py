@@ -56,7 +56,7 @@ class Settings:
         ('digits', 10, 1000000.0)
     """
 
-    recipe: str = "er+ewc"
+    recipe: str = "der"
     stream: str = "digits"
     scenario: str = "class"
     data: str | None = None
