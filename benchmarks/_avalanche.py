@@ -2,13 +2,13 @@
 
 It is never a dependency of Tessera. In an environment of its own, from the repository root:
 
-    python -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch==2.13.0
-    /tmp/peers/bin/pip install -e .
-    /tmp/peers/bin/pip install --no-deps torchvision==0.28.0 avalanche-lib==0.6.0
-    /tmp/peers/bin/pip install pillow psutil gputil matplotlib pytorchcv wandb tensorboard tqdm \
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0
+    peers/bin/pip install -e .
+    peers/bin/pip install --no-deps torchvision==0.28.0 avalanche-lib==0.6.0
+    peers/bin/pip install pillow psutil gputil matplotlib pytorchcv wandb tensorboard tqdm \
         torchmetrics gdown qpsolvers dill
-    /tmp/peers/bin/python benchmarks/replay.py
+    peers/bin/python benchmarks/replay.py
 
 PyPI's torchvision is built for CUDA, so beside a CPU build of torch its operators do not load and
 its import stops at two of them. Avalanche uses neither: declaring them lets the import pass.

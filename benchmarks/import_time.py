@@ -1,6 +1,6 @@
 """`import tessera` adds < 0.5 s to `import torch`.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 from __future__ import annotations

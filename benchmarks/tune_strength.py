@@ -46,15 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stream", default="fashion_mnist")
     parser.add_argument("--recipe", nargs="*", default=list(GRID), choices=list(GRID))
-    parser.add_argument(
-        "--scenario", nargs="*", default=["task", "domain", "class", "permuted"]
-    )
+    parser.add_argument("--scenario", nargs="*", default=["task", "domain", "class", "permuted"])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--grid", nargs="*", type=float, help="these strengths instead")
     args = parser.parse_args()
     print(f"{args.stream}, validation accuracy in %, mean of {args.seeds} seeds")
     for recipe in args.recipe:
         for scenario in args.scenario:
-            scores = {lam: accuracy(recipe, scenario, lam, args) for lam in GRID[recipe]}
+            scores = {
+                lam: accuracy(recipe, scenario, lam, args) for lam in args.grid or GRID[recipe]
+            }
             best = max(scores, key=scores.__getitem__)
             cells = "  ".join(
                 f"{'*' if lam == best else ''}{lam:g}: {score:.1f}" for lam, score in scores.items()

@@ -398,6 +398,14 @@ def test_bad_batches_are_named():
         arch.anchor_from(model, "a", data=[x], estimator="empirical")
 
 
+def test_one_batch_in_the_place_of_batches_is_named():
+    model, (x, y) = net(), rows(8)
+    with pytest.raises(InputError, match=r"data is one Tensor, not batches; pass data=\[batch\]"):
+        arch.anchor_from(model, "a", data=x)
+    with pytest.raises(InputError, match="data is one Batch, not batches"):
+        arch.anchor_from(model, "a", data=Batch(x, y))
+
+
 def test_a_model_that_mixes_the_batch_is_refused():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False))
     with pytest.raises(AnchorError, match=r"'1' is a BatchNorm without running statistics"):

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from tessera import arch, trees
 from tessera.arch import fisher as internals
 from tessera.arch.anchor import shadow
 from tessera.arch.labels import _sampled
+from tessera.errors import AnchorError
 
 pytestmark = pytest.mark.global_rng  # models are initialised from it
 N, C = 5, 3  # more examples than the estimator's own probe looks at
@@ -21,7 +22,7 @@ N, C = 5, 3  # more examples than the estimator's own probe looks at
 
 def loop(model, x, estimator, y=None):
     """Mean over examples of the squared gradient of log p, one example and label at a time."""
-    twin = copy.deepcopy(model).eval()
+    twin = copy.deepcopy(model).eval() if copyable(model) else model.eval()
     named = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named.items()}
     for i in range(len(x)):
@@ -36,6 +37,11 @@ def loop(model, x, estimator, y=None):
                 if g is not None:
                     sums[n] += weight * g.to_dense().double().square()
     return {n: s / len(x) for n, s in sums.items()}
+
+
+def copyable(model):
+    tensors = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    return all(t.is_leaf for t in tensors)
 
 
 def assert_same(got, want, rtol=1e-5):
@@ -360,9 +366,20 @@ def masked():
     return Fn(lambda m, x: m.net(x) + mask.to(x.dtype), net=model), x
 
 
-def only_unused_is_trainable():
-    model, x = unused()
-    model.lin.requires_grad_(False)
+def pruned():
+    model, x = mlp()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    model(x)  # leaves a weight with a history behind
+    return model, x
+
+
+def remembering():
+    def forward(m, x):
+        m.last = m.a(x).tanh()  # as one does to look at features
+        return m.head(m.last)
+
+    model, x = Fn(forward, a=nn.Linear(4, 4), head=nn.Linear(4, C)), images(4)
+    model(x)
     return model, x
 
 
@@ -419,7 +436,6 @@ ZOO = {
     "old spectral norm": old_spectral_norm,
     "frozen": frozen,
     "unused": unused,
-    "only unused is trainable": only_unused_is_trainable,
     "residual": residual,
     "inplace relu": inplace_relu,
     "inplace input": inplace_input,
@@ -433,6 +449,8 @@ ZOO = {
     "forward hook": hooked,
     "extra parameter": extra_parameter,
     "checkpointed": checkpointed,
+    "pruned": pruned,
+    "remembering": remembering,
     "masked": masked,
 }
 
@@ -468,8 +486,9 @@ def test_one_label_fisher_equals_the_loop_over_examples(name, estimator):
     y = torch.randint(0, C, (len(x),))
     labels = y
     if estimator == "sampled":
-        p = copy.deepcopy(model).eval()(x).softmax(1).float()
+        p = model.eval()(x).softmax(1).float()
         labels = _sampled(p.detach(), 0, 7)
+        model.train()
     got = arch.anchor_from(model, "a", data=[(x, y)], estimator=estimator, seed=7)
     assert got.stats["estimator"] == estimator
     assert_same(got.fisher, loop(model, x, estimator, labels))
@@ -589,12 +608,32 @@ def test_a_frozen_parameter_is_remembered_without_a_fisher():
     assert set(anchor.fisher) == {"0.bias", "2.weight", "2.bias"}
 
 
-def test_a_model_frozen_throughout_has_an_empty_fisher():
+def test_a_model_without_a_gradient_is_refused_instead_of_given_a_fisher_of_zeros():
+    frozen, x = build("mlp")
+    frozen.requires_grad_(False)
+    head_only, _ = build("unused")
+    head_only.lin.requires_grad_(False)
+    blind = Fn(torch.no_grad()(lambda m, x: m.net(x)), net=build("mlp")[0])
+    for model in (frozen, head_only, blind):
+        with pytest.raises(AnchorError, match="no trainable parameter reaches the logits of"):
+            arch.anchor_from(model, "a", data=[x])
     model, x = build("mlp")
-    model.requires_grad_(False)
-    anchor = arch.anchor_from(model, "a", data=[x])
-    assert len(anchor.params) == 4
-    assert anchor.fisher == {}
+    with torch.inference_mode(), pytest.raises(AnchorError, match="no trainable parameter"):
+        arch.anchor_from(model, "a", data=[x])
+    assert len(arch.anchor_from(frozen, "a", fisher=None).params) == 4
+
+
+def test_reentrant_checkpoints_are_refused_instead_of_given_a_fisher_of_zeros():
+    def forward(m, x):
+        return m.head(checkpoint(m.body, x.requires_grad_(), use_reentrant=True))
+
+    x = images(4)
+    model = Fn(forward, body=nn.Linear(4, 4), head=nn.Linear(4, C))
+    with pytest.raises(AnchorError, match=r"'body\.weight' has a .*use_reentrant=False"):
+        arch.anchor_from(model, "a", data=[x])
+    upstream = Fn(lambda m, x: m.rest(m.first(x)), first=nn.Linear(4, 4), rest=model)
+    with pytest.raises((AnchorError, RuntimeError), match="use_reentrant=False"):
+        arch.anchor_from(upstream, "a", data=[x])
 
 
 def test_an_unused_parameter_has_importance_zero():

@@ -145,7 +145,9 @@ def no_gradient_into_the_anchor(penalty):
     model = net(made(1))
     penalty(model, Anchor("t0", params, stats), 1.0).backward()
     grads = torch.autograd.grad(
-        penalty(model, Anchor("t0", params, stats), 1.0), list(model.parameters()), create_graph=True
+        penalty(model, Anchor("t0", params, stats), 1.0),
+        list(model.parameters()),
+        create_graph=True,
     )
     sum(g.square().sum() for g in grads).backward()
     assert all(t.grad is None for t in tensors)
@@ -173,7 +175,7 @@ def refuses_the_anchor_of_another_model(penalty):
 
 def refuses_a_bad_strength(penalty):
     for bad in (-1.0, -1e-30, math.nan, math.inf, -math.inf):
-        with pytest.raises(InputError, match="needs a finite .* >= 0, got"):
+        with pytest.raises(InputError, match=r"needs a finite .* >= 0, got"):
             penalty(net(made(1)), anchor_at(made(2)), bad)
 
 
@@ -204,9 +206,7 @@ def same_through_torch_func(penalty):
 
     curvature = torch.func.hessian(at.of)(*theta).reshape(6, 6)
     rows = [torch.autograd.grad(w, leaves[0], retain_graph=True)[0] for w in want[0].reshape(-1)]
-    torch.testing.assert_close(
-        curvature, torch.stack(rows).reshape(6, 6), rtol=1e-12, atol=1e-15
-    )
+    torch.testing.assert_close(curvature, torch.stack(rows).reshape(6, 6), rtol=1e-12, atol=1e-15)
     assert curvature.diagonal().min() > 0
 
 
@@ -320,7 +320,9 @@ def plain(model, anchor, strength):
 
 def leaking(model, anchor, strength):
     current = dict(model.named_parameters())
-    return sum((anchor.fisher[n] * (current[n] - c).square()).sum() for n, c in anchor.params.items())
+    return sum(
+        (anchor.fisher[n] * (current[n] - c).square()).sum() for n, c in anchor.params.items()
+    )
 
 
 class Opaque(torch.autograd.Function):
@@ -380,7 +382,9 @@ MUTANTS = {
     refuses_the_anchor_of_another_model: lambda m, a, s: sum(
         p.square().sum() for p in m.parameters()
     ),
-    refuses_a_bad_strength: lambda m, a, s: plain(m, a, abs(s) if s == s and s != math.inf else 1.0),
+    refuses_a_bad_strength: lambda m, a, s: plain(
+        m, a, abs(s) if s == s and s != math.inf else 1.0
+    ),
     same_through_torch_func: by(Opaque),
     same_under_forward_mode: by(Opaque),
     leaves_unnamed_weights_free: all_weights,

@@ -270,8 +270,8 @@ def test_gradients_gathered_over_two_backwards_count_once_each():
 
 def test_the_importance_is_never_negative_and_clamped_task_by_task():
     """A weight that climbed against its gradient (momentum) adds nothing, and takes nothing."""
-    model = nn.Linear(1, 1, bias=False)
-    optimizer = tg.SGD(model.parameters(), lr=1.0, plugin=opt.path_integral())
+    model, plugin = nn.Linear(1, 1, bias=False), opt.path_integral()
+    optimizer = tg.SGD(model.parameters(), lr=1.0, plugin=plugin)
 
     def move(gradient, way):
         model.weight.grad = torch.full((1, 1), gradient)
@@ -280,10 +280,6 @@ def test_the_importance_is_never_negative_and_clamped_task_by_task():
             model.weight.add_(way)
         plugin.after_step()
 
-    plugin = opt.path_integral()
-    other = nn.Linear(1, 1, bias=False)
-    model = other
-    optimizer = tg.SGD(model.parameters(), lr=1.0, plugin=plugin)
     move(1.0, -1.0)  # W = 1
     first = arch.anchor_from(model, "a", fisher=None).stats["path_integral"]["weight"].item()
     assert first == pytest.approx(1 / 1.1, rel=1e-6)
@@ -361,7 +357,7 @@ def test_a_new_optimizer_for_the_next_task_goes_on_with_the_plugin():
             x, y = rows(10 * task + i)
             ledger.around(
                 lambda: F.cross_entropy(model(x), y),  # noqa: B023
-                lambda: train(model, optimizer, [10 * task + i]),  # noqa: B023
+                lambda o=optimizer, s=10 * task + i: train(model, o, [s]),
             )
         anchor = arch.anchor_from(model, f"t{task}", fisher=None)
         assert_same(anchor, ledger.close_task())

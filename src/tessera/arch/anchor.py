@@ -184,6 +184,10 @@ def shadow(
         if id(b) not in memo:
             memo[id(b)] = buffers[name].to(b.device) if name in buffers else b.detach().clone()
     for module in model.modules():
+        for t in vars(module).values():
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                # What a forward left behind (pruning, a cache): deepcopy takes leaves only.
+                memo[id(t)] = t.detach().clone()
         for p in module.parameters(recurse=False):
             if p.grad is not None:
                 # A gradient is no part of the function; None spares deepcopy the copy.

@@ -80,7 +80,9 @@ def estimate(
         for x, y in blocks(data, samples, BLOCK):
             if plan is None:
                 probe = x[:_PROBE]
-                estimator = resolve(estimator, forward(probe).detach())
+                z = forward(probe)
+                _require_gradient(model, z)
+                estimator = resolve(estimator, z.detach())
                 plan = _plan(model, forward, trainable, probe)
             _add_block(model, forward, plan, (x, y), (estimator, seen, seed), totals)
             seen += len(x)
@@ -98,6 +100,15 @@ def _require_independent_examples(model: nn.Module) -> None:
                 "the examples of a batch, so per-example gradients do not exist. Use "
                 "track_running_stats=True, or GroupNorm"
             )
+
+
+def _require_gradient(model: nn.Module, z: Tensor) -> None:
+    if not z.requires_grad:
+        raise AnchorError(
+            f"arch.anchor_from: no trainable parameter reaches the logits of "
+            f"{type(model).__name__}, so it has no Fisher. Is all of it frozen, or its forward "
+            "under torch.no_grad() or inference_mode()? fisher=None remembers the weights alone"
+        )
 
 
 def _add_block(
@@ -265,6 +276,14 @@ def _plan(
     # Any gradient at the logits will do to compare paths; this one has no zeros and no symmetry.
     pull = torch.cos(torch.arange(z.numel(), device=z.device) + 1.0).reshape(z.shape).to(z.dtype)
     truth = _by_loop(model, forward, list(trainable), probe, [pull])
+    torch.autograd.backward(z, pull, retain_graph=True)
+    for name, p in trainable.items():
+        if p.grad is not None and p.grad.any() and not truth[name].any():
+            raise AnchorError(
+                f"arch.anchor_from: {name!r} has a gradient in backward() and none in "
+                "torch.autograd.grad. If it is under torch.utils.checkpoint, use_reentrant=False"
+            )
+        p.grad = None
     eps = torch.finfo(z.dtype).eps
     # A gradient that cancels (a bias on attention's keys) is noise, and noise agrees with nothing.
     largest = {n: t.max().item() if t.numel() else 0.0 for n, t in truth.items()}

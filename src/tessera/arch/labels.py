@@ -98,6 +98,10 @@ def blocks(
     Equal blocks make the Fisher bit-identical for every batch size of `data`. Only where the
     examples' shape changes is a block cut short.
     """
+    if isinstance(data, Tensor) or hasattr(data, "_fields"):
+        raise InputError(
+            f"arch.anchor_from: data is one {type(data).__name__}, not batches; pass data=[batch]"
+        )
     held: list[tuple[Tensor, Tensor | None]] = []
     count, left = 0, samples
     for x, y in map(_pair, data, itertools.count()):

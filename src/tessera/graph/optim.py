@@ -54,7 +54,7 @@ def Adam(
         >>> isinstance(Adam(model.parameters(), lr=2e-4), torch.optim.Optimizer)
         True
     """
-    entries: list[Any] = list(params)
+    entries = _entries(params)
     fused = _fused(entries)
     optimizer = torch.optim.Adam(entries, lr, betas, eps, weight_decay, fused=fused)
     return _equip(optimizer, plugin)
@@ -129,7 +129,9 @@ def SGD(
     """
     if isinstance(params, float | int | nn.Module):
         rate = params if isinstance(params, float | int) else lr
-        if rate is None or rate <= 0:
+        if rate is params and lr is not None:
+            raise InputError(f"an inner SGD has one learning rate, got {rate} and lr={lr}")
+        if rate is None or not rate > 0:
             raise InputError(f"an inner SGD needs lr > 0, got {rate}; write tg.SGD(1e-2)")
         if momentum or weight_decay or plugin is not None:
             raise InputError(
@@ -145,6 +147,16 @@ def SGD(
     return _equip(torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay), plugin)
 
 
+def _entries(params: Params) -> list[Any]:
+    """Parameters or groups as a list that can be read twice; a group may hold a generator."""
+    return [
+        {**e, "params": [e["params"]] if isinstance(e["params"], Tensor) else list(e["params"])}
+        if isinstance(e, dict)
+        else e
+        for e in params
+    ]
+
+
 def _fused(params: list[Any]) -> bool:
     """Whether PyTorch's one-pass kernel takes these; Adam's loop is four times slower on a CPU."""
     tensors: list[Tensor] = []
@@ -156,7 +168,8 @@ def _fused(params: list[Any]) -> bool:
 
 def _equip(optimizer: Opt, plugin: Plugin) -> Opt:
     """Register ownership and hang the plugins into the optimizer's own hooks."""
-    plugins = (plugin,) if isinstance(plugin, Transform) else tuple(plugin or ())
+    several = plugin if isinstance(plugin, Iterable) else [] if plugin is None else [plugin]
+    plugins = tuple(several)
     for p in plugins:
         if not isinstance(p, Transform):
             raise InputError(
@@ -199,6 +212,10 @@ def _add_plugin_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, 
 
 
 def _take_plugin_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    if [len(g["params"]) for g in state["param_groups"]] != [
+        len(g["params"]) for g in optimizer.param_groups
+    ]:
+        return  # PyTorch refuses it in a moment; the plugins stay as they are
     saved, plugins = state.get("plugins", []), _plugins(optimizer)
     if len(saved) != len(plugins):
         raise InputError(

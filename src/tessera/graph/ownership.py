@@ -41,7 +41,14 @@ def own(optimizer: Optimizer, plugins: tuple[Transform, ...]) -> None:
 
 def owner(param: Tensor) -> Optimizer | None:
     """The living optimizer built last over this parameter by `tg.Adam` or `tg.SGD`."""
-    return _OWNERS.get(id(param))
+    known = _OWNERS.get(id(param))
+    if known is None:
+        # The newest owner may be gone, or the parameter came with add_param_group.
+        for o in reversed(list(_OWNED)):
+            if any(p is param for group in o.param_groups for p in group["params"]):
+                _OWNERS[id(param)] = known = o
+                break
+    return known
 
 
 def owners(params: Iterable[Tensor]) -> list[Optimizer]:

@@ -77,7 +77,7 @@ def _decorate(fn: Callable[P, Tensor], *, optimizer: Optimizer | None) -> Callab
     def step(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         with torch.enable_grad():
             loss = fn(*args, **kwargs)
-        leaves = _check(loss, fn.__name__)
+        leaves = _check(loss, getattr(fn, "__name__", type(fn).__name__))
         stepping = [optimizer] if optimizer is not None else owners(leaves)
         for o in stepping:
             o.zero_grad(set_to_none=True)
@@ -86,13 +86,14 @@ def _decorate(fn: Callable[P, Tensor], *, optimizer: Optimizer | None) -> Callab
                 p.grad = None
         forget(leaves)
         loss.backward()  # type: ignore[no-untyped-call]
+        value = loss.detach().clone()  # a loss that is a view of a weight would move with it
         rows = _batch_size((*args, *kwargs.values()))
         for o in stepping:
             known = owned(o)
             if known is not None and rows is not None:
                 known.batch_sizes[:] = [rows]
             o.step()
-        return loss.detach()
+        return value
 
     return step
 

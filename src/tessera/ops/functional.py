@@ -32,7 +32,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """
     try:
         return torch.cat(list(tensors), dim)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
         raise InputError(
             f"concat along dim {dim} needs tensors equal in every other dim, got {shapes}"

@@ -11,6 +11,7 @@ from tessera.arch import Anchor
 from tessera.arch.merge import as_anchors, merged, require_strength
 from tessera.errors import AnchorError
 from tessera.graph import Transform
+from tessera.ops.kernels import add_pull, pull
 from tessera.ops.quadratic import is_watched, report
 
 __all__ = ["consolidate"]
@@ -85,11 +86,9 @@ class _Consolidate(Transform):
             p, w = self._live[name], q.weights[name]
             if not p.requires_grad:
                 continue
-            gap = p.detach() - centre
-            if is_watched(p):
-                report([p], [gap * w])
-            if p.grad is None:
-                p.grad = gap.mul_(w)
+            if is_watched(p) or p.grad is None:
+                penalty, _ = pull(p.detach(), centre, w)
+                report([p], [penalty])
+                p.grad = penalty if p.grad is None else p.grad.add_(penalty)
             else:
-                # One fused multiply-add: the product is never written out.
-                p.grad.addcmul_(gap, w)
+                add_pull(p.grad, p.detach(), centre, w)

@@ -15,13 +15,13 @@ __all__ = ["Settings"]
 # loss.lwf's lam, loss.der's alpha. Chosen on a validation split of the training set of Split
 # Fashion-MNIST (never on test) by `python benchmarks/tune_strength.py`.
 STRENGTHS: Mapping[str, Mapping[str, float]] = {
-    "ewc": {"task": 1e5, "domain": 1e6, "class": 3e3, "permuted": 1e3},
-    "online-ewc": {"task": 1e5, "domain": 1e6, "class": 3e3, "permuted": 1e3},
-    "er+ewc": {"task": 1e4, "domain": 1e3, "class": 1e1, "permuted": 1e2},
-    "si": {"task": 30.0, "domain": 30.0, "class": 1.0, "permuted": 1.0},
-    "l2sp": {"task": 0.1, "domain": 0.1, "class": 0.01, "permuted": 0.01},
-    "lwf": {"task": 1.0, "domain": 1.0, "class": 1.0, "permuted": 1.0},
-    "der": {"task": 0.5, "domain": 0.5, "class": 0.5, "permuted": 0.5},
+    "ewc": {"task": 1e5, "domain": 1e6, "class": 3e6, "permuted": 1e3},
+    "online-ewc": {"task": 1e5, "domain": 1e5, "class": 3e6, "permuted": 1e2},
+    "er+ewc": {"task": 1e4, "domain": 1e3, "class": 1e1, "permuted": 1e1},
+    "si": {"task": 1e3, "domain": 1e4, "class": 1e0, "permuted": 1e1},
+    "l2sp": {"task": 1.0, "domain": 0.3, "class": 0.01, "permuted": 0.01},
+    "lwf": {"task": 3.0, "domain": 3.0, "class": 0.3, "permuted": 0.3},
+    "der": {"task": 0.1, "domain": 0.5, "class": 0.2, "permuted": 1.0},
 }
 _STREAM_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "digits": {"epochs": 10, "batch_size": 32, "buffer": 200},

@@ -1,0 +1,127 @@
+"""The C kernel and PyTorch agree to the bit, and nobody waits for a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera.ops import kernels
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=50,
+    )
+    return done.stdout.strip()
+
+
+@needs_compiler
+def test_the_kernel_has_pytorchs_bits_at_every_size() -> None:
+    assert kernels.available(wait_s=120)
+    for n in (1, 15, 16, 17, 1023, 1025, 70_001):
+        theta, c, w, g = (torch.randn(n) for _ in range(4))
+        grad, total = kernels.pull(theta, c, w)
+        assert torch.equal(grad, (theta - c) * w)
+        exact = (w.double() * (theta.double() - c.double()).square()).sum()
+        scale = (w.double() * (theta.double() - c.double()).square()).abs().sum()
+        assert abs(total - exact) <= 1e-6 * scale
+        expected = g + (theta - c) * w
+        kernels.add_pull(g, theta, c, w)
+        assert torch.equal(g, expected)
+
+
+@needs_compiler
+def test_what_the_kernel_does_not_take_pytorch_does() -> None:
+    assert kernels.available(wait_s=120)
+    for tensors in (
+        [torch.randn(8, dtype=torch.float64) for _ in range(3)],
+        [torch.randn(4, 6).T for _ in range(3)],
+        [torch.randn(8, dtype=torch.bfloat16) for _ in range(3)],
+    ):
+        theta, c, w = tensors
+        grad, total = kernels.pull(theta, c, w)
+        assert torch.equal(grad, (theta - c) * w)
+        exact = (w.double() * (theta - c).double().square()).sum()
+        torch.testing.assert_close(total, exact, rtol=2e-2, atol=1e-2)
+    assert kernels.pull(torch.ones(2), torch.zeros(2), 3.0)[1].item() == 6.0
+
+
+TRAIN = """
+import torch
+from torch import nn
+from tessera import arch, opt, trees
+from tessera import graph as tg
+from tessera.ops import kernels
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Linear(300, 300)
+anchor = arch.anchor_from(net, "a", data=[torch.randn(64, 300)])
+o = tg.Adam(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
+x = torch.randn(32, 300)
+for i in range(30):
+    if i == 15:
+        kernels.available(wait_s={wait})
+    o.zero_grad()
+    net(x).square().mean().backward()
+    o.step()
+print(kernels.available(), trees.sha256(net.state_dict()))
+"""
+
+
+@needs_compiler
+def test_training_has_the_same_bits_without_the_kernel_and_across_the_swap(tmp_path: Path) -> None:
+    swapped = run(TRAIN.format(wait=120), XDG_CACHE_HOME=str(tmp_path))
+    cached = run(TRAIN.format(wait=120), XDG_CACHE_HOME=str(tmp_path))
+    without = run(TRAIN.format(wait=1), TESSERA_KERNELS="0")
+    assert swapped.startswith("True ")
+    assert without.startswith("False ")
+    assert swapped.split()[1] == cached.split()[1] == without.split()[1]
+    assert len(list((tmp_path / "tessera").iterdir())) == 1
+
+
+ASK = "from tessera.ops import kernels; print(kernels.available(wait_s=60))"
+
+
+def test_without_a_compiler_or_a_cache_nothing_breaks(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert run(ASK, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "a")) == "False"
+    assert run(ASK, XDG_CACHE_HOME=str(tmp_path / "file")) == "False"
+
+
+@needs_compiler
+def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    assert run(ASK, XDG_CACHE_HOME=str(tmp_path)) == "True"
+    (library,) = (tmp_path / "tessera").iterdir()
+    library.chmod(0o777)
+    assert run(ASK, XDG_CACHE_HOME=str(tmp_path)) == "False"
+    library.chmod(0o755)
+    library.write_bytes(b"not a library")
+    assert run(ASK, XDG_CACHE_HOME=str(tmp_path)) == "False"
+
+
+@needs_compiler
+def test_the_first_step_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
+    slow = tmp_path / "bin" / "cc"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    code = (
+        "import torch; from tessera.ops import kernels;"
+        "t = torch.randn(100_000); kernels.add_pull(t.clone(), t, t, t);"
+        "print(kernels.available())"
+    )
+    path = f"{slow.parent}:{os.environ['PATH']}"
+    assert run(code, PATH=path, XDG_CACHE_HOME=str(tmp_path / "c")) == "False"
