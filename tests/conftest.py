@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
-
-Made = TypeVar("Made")
 
 # No deadline: two workers share two cores with whatever else runs. Same examples on every run.
 hypothesis.settings.register_profile("tessera", deadline=None, derandomize=True, database=None)
@@ -31,15 +28,3 @@ def seeded_process() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-@pytest.fixture
-def seeded() -> Callable[[Callable[[], Made]], Made]:
-    """Run a function under a fixed seed: ``model = seeded(lambda: nn.Linear(4, 2))``."""
-
-    def run(make: Callable[[], Made]) -> Made:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return make()
-
-    return run

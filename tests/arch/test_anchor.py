@@ -15,8 +15,6 @@ from tessera import graph as tg
 from tessera.arch import Anchor
 from tessera.errors import AnchorError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 
 def net():
     torch.manual_seed(1)

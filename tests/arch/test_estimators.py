@@ -14,8 +14,6 @@ from tessera.arch.labels import MAX_EXACT_CLASSES
 from tessera.data import Batch
 from tessera.errors import AnchorError, InputError, UnknownNameError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 
 def net(classes=4, width=8):
     torch.manual_seed(1)

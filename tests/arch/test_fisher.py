@@ -16,7 +16,6 @@ from tessera.arch.anchor import shadow
 from tessera.arch.labels import _sampled
 from tessera.errors import AnchorError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
 N, C = 5, 3  # more examples than the estimator's own probe looks at
 
 
@@ -504,11 +503,11 @@ def test_float32_is_right_to_1e_5_of_each_tensors_largest_entry(name):
         assert (got[n] - want[n]).abs().max() <= 1e-5 * want[n].max(), n
 
 
-@pytest.mark.parametrize("name", ["mlp", "sequence", "conv2d", "residual", "attention"])
+@pytest.mark.parametrize("name", ["mlp", "linear on sequences", "conv2d", "attention", "mixture"])
 def test_bfloat16_is_right_to_its_own_resolution(name):
     torch.manual_seed(0)
-    model, x = {**ZOO, "sequence": sequence}[name]()
-    x = torch.randn(400, *x.shape[1:]).bfloat16()
+    model, x = ZOO[name]()
+    x = torch.randn(300, *x.shape[1:]).bfloat16()
     model = model.bfloat16()
     want = loop(copy.deepcopy(model).double(), x.double(), "exact")
     got = arch.anchor_from(model, "a", data=[(x, None)]).fisher

@@ -12,8 +12,6 @@ from tessera import graph as tg
 from tessera.data import Batch
 from tessera.errors import AnchorError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 
 def rows(n, g):
     x = torch.randn(n, 6, generator=g)

@@ -212,7 +212,6 @@ def test_samples_repeat_with_the_seed_and_move_on_with_every_call():
     assert not torch.equal(first, a.sample(8)[1])
 
 
-@pytest.mark.global_rng
 def test_the_global_generator_is_neither_read_nor_moved():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -12,8 +12,6 @@ from tessera import arch, opt
 from tessera import graph as tg
 from tessera.errors import InputError, TesseraError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 
 def net(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)

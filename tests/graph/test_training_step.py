@@ -15,8 +15,6 @@ from tessera import graph as tg
 from tessera.errors import InputError, NonFiniteError
 from tessera.graph.ownership import owner, owners
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 
 def net(seed=0):
     torch.manual_seed(seed)
@@ -153,6 +151,7 @@ def test_the_newest_owner_counts():
 def test_when_the_newest_owner_is_gone_the_one_before_counts_again():
     """Else a look with a short-lived optimizer would silently end all learning."""
     model = net()
+    oldest = tg.SGD(model.parameters(), lr=100.0)
     old = tg.SGD(model.parameters(), lr=0.1)
     new = tg.SGD(model[2].parameters(), lr=0.1)
     del new
@@ -163,6 +162,7 @@ def test_when_the_newest_owner_is_gone_the_one_before_counts_again():
     h = model[1](model[0](x)).detach()
     tg.training_step(lambda: F.cross_entropy(model[2](h), y))()
     assert not same(model[2], before[2])
+    del oldest
 
 
 def test_a_parameter_added_to_an_optimizer_is_owned_by_it():

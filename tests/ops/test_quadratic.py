@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tessera import ops as T
+from tessera.ops.kernels import available
 from tessera.ops.quadratic import PenaltyTap, forget, is_watched, report, weighted_square
 
 
@@ -43,6 +44,24 @@ def test_shapes_of_all_kinds_add_up():
     assert value.item() == sum(t.numel() for t in thetas)
     grads = torch.autograd.grad(value, thetas)
     assert all(torch.equal(g, torch.full_like(t, 2.0)) for g, t in zip(grads, thetas, strict=True))
+
+
+def test_a_centre_or_a_weight_of_another_shape_is_never_read_past_its_end():
+    """Whether a compiled kernel is at work or not."""
+    available(wait_s=60)
+    theta = drawn(100_000, 0).requires_grad_()
+    full = torch.ones(100_000)
+    want = 0.5 * theta.detach().double().sub(1.0).square().sum()
+    one = torch.ones(1)
+    for centre, w in ((one, full), (full, one), (one, one)):
+        value = T.weighted_square([theta], [centre], [w])
+        assert value.item() == pytest.approx(want.item(), rel=1e-6)
+        (grad,) = torch.autograd.grad(value, theta)
+        torch.testing.assert_close(grad, theta.detach() - 1.0)
+    with pytest.raises(RuntimeError):
+        T.weighted_square([theta], [full[:7]], [full])
+    with pytest.raises(ValueError, match="zip"):
+        T.weighted_square([theta], [full, full], [full])
 
 
 def test_memory_may_be_laid_out_in_any_way():

@@ -12,8 +12,6 @@ from tessera import graph as tg
 from tessera.arch import Anchor
 from tessera.errors import AnchorError, InputError
 
-pytestmark = pytest.mark.global_rng  # models are initialised from it
-
 OPTIMIZERS = {
     "sgd": lambda params, plugin: tg.SGD(params, lr=0.05, plugin=plugin),
     "momentum": lambda params, plugin: tg.SGD(params, lr=0.05, momentum=0.9, plugin=plugin),

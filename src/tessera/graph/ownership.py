@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,28 +28,47 @@ class Owned:
     batch_sizes: list[int]
 
 
-# An optimizer holds its parameters, so an id cannot be reused while its entry is here.
-_OWNERS: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+# id(parameter) -> its optimizers, the newest last. An optimizer holds its parameters, so as long as
+# one of them lives the id is not reused; the dead are dropped when they are met.
+_OWNERS: dict[int, list[weakref.ref[Optimizer]]] = {}
 _OWNED: weakref.WeakKeyDictionary[Optimizer, Owned] = weakref.WeakKeyDictionary()
 
 
 def own(optimizer: Optimizer, plugins: tuple[Transform, ...]) -> None:
-    """Register `optimizer` as the owner of its parameters; the newest owner counts."""
+    """Register `optimizer` as the owner of its parameters; the newest living owner counts."""
     _OWNED[optimizer] = Owned(plugins=plugins, batch_sizes=[])
     for group in optimizer.param_groups:
-        _OWNERS.update({id(p): optimizer for p in group["params"]})
+        _claim(optimizer, group["params"])
+    itself = weakref.ref(optimizer)
+
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        known = itself()
+        if known is not None:
+            type(known).add_param_group(known, param_group)
+            _claim(known, known.param_groups[-1]["params"])
+
+    # PyTorch has no hook for this; a group that nobody owned would silently never learn.
+    optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+
+
+def _claim(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
+    """Make `optimizer` the newest owner of these parameters."""
+    new = weakref.ref(optimizer)
+    for p in params:
+        living = [r for r in _OWNERS.get(id(p), ()) if r() is not None]
+        _OWNERS[id(p)] = [*living, new]
 
 
 def owner(param: Tensor) -> Optimizer | None:
     """The living optimizer built last over this parameter by `tg.Adam` or `tg.SGD`."""
-    known = _OWNERS.get(id(param))
-    if known is None:
-        # The newest owner may be gone, or the parameter came with add_param_group.
-        for o in reversed(list(_OWNED)):
-            if any(p is param for group in o.param_groups for p in group["params"]):
-                _OWNERS[id(param)] = known = o
-                break
-    return known
+    refs = _OWNERS.get(id(param), [])
+    while refs:
+        known = refs[-1]()
+        if known is not None:
+            return known
+        refs.pop()
+    _OWNERS.pop(id(param), None)
+    return None
 
 
 def owners(params: Iterable[Tensor]) -> list[Optimizer]:

@@ -98,6 +98,7 @@ def _kernel(param: Tensor, centre: Tensor, weight: Tensor | float) -> ctypes.CDL
         and _plain(param)
         and _plain(centre)
         and _plain(weight)
+        and param.shape == centre.shape == weight.shape  # the kernel reads as many of each
         and torch.get_num_threads() < _MANY_THREADS
     )
     return _LOADER.library if fits else None

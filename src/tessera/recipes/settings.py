@@ -21,7 +21,7 @@ STRENGTHS: Mapping[str, Mapping[str, float]] = {
     "si": {"task": 1e3, "domain": 1e4, "class": 1e0, "permuted": 1e1},
     "l2sp": {"task": 1.0, "domain": 0.3, "class": 0.01, "permuted": 0.01},
     "lwf": {"task": 3.0, "domain": 3.0, "class": 0.3, "permuted": 0.3},
-    "der": {"task": 0.1, "domain": 0.5, "class": 0.2, "permuted": 1.0},
+    "der": {"task": 0.1, "domain": 0.5, "class": 1.0, "permuted": 1.0},
 }
 _STREAM_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "digits": {"epochs": 10, "batch_size": 32, "buffer": 200},
