@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from tessera import arch, opt
+from tessera import graph as tg
 from tessera.ops import kernels
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, cc")
@@ -33,13 +36,13 @@ def test_the_kernel_has_pytorchs_bits_at_every_size() -> None:
     assert kernels.available(wait_s=120)
     for n in (1, 15, 16, 17, 1023, 1025, 70_001):
         theta, c, w, g = (torch.randn(n) for _ in range(4))
-        grad, total = kernels.pull(theta, c, w)
+        (grad,), total = kernels.pulls([theta], [c], [w])
         assert torch.equal(grad, (theta - c) * w)
         exact = (w.double() * (theta.double() - c.double()).square()).sum()
         scale = (w.double() * (theta.double() - c.double()).square()).abs().sum()
         assert abs(total - exact) <= 1e-6 * scale
         expected = g + (theta - c) * w
-        kernels.add_pull(g, theta, c, w)
+        kernels.add_pulls([g], [theta], [c], [w])
         assert torch.equal(g, expected)
 
 
@@ -52,11 +55,11 @@ def test_what_the_kernel_does_not_take_pytorch_does() -> None:
         [torch.randn(8, dtype=torch.bfloat16) for _ in range(3)],
     ):
         theta, c, w = tensors
-        grad, total = kernels.pull(theta, c, w)
+        (grad,), total = kernels.pulls([theta], [c], [w])
         assert torch.equal(grad, (theta - c) * w)
         exact = (w.double() * (theta - c).double().square()).sum()
         torch.testing.assert_close(total, exact, rtol=2e-2, atol=1e-2)
-    assert kernels.pull(torch.ones(2), torch.zeros(2), 3.0)[1].item() == 6.0
+    assert kernels.pulls([torch.ones(2)], [torch.zeros(2)], 3.0)[1].item() == 6.0
 
 
 TRAIN = """
@@ -69,7 +72,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 net = nn.Linear(300, 300)
 anchor = arch.anchor_from(net, "a", data=[torch.randn(64, 300)])
-o = tg.Adam(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
+o = tg.{optimizer}(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
 x = torch.randn(32, 300)
 for i in range(30):
     if i == 15:
@@ -82,10 +85,14 @@ print(kernels.available(), trees.sha256(net.state_dict()))
 
 
 @needs_compiler
-def test_training_has_the_same_bits_without_the_kernel_and_across_the_swap(tmp_path: Path) -> None:
-    swapped = run(TRAIN.format(wait=120), XDG_CACHE_HOME=str(tmp_path))
-    cached = run(TRAIN.format(wait=120), XDG_CACHE_HOME=str(tmp_path))
-    without = run(TRAIN.format(wait=1), TESSERA_KERNELS="0")
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_training_has_the_same_bits_without_the_kernel_and_across_the_swap(
+    optimizer: str, tmp_path: Path
+) -> None:
+    code = TRAIN.format(wait=120, optimizer=optimizer)
+    swapped = run(code, XDG_CACHE_HOME=str(tmp_path))
+    cached = run(code, XDG_CACHE_HOME=str(tmp_path))
+    without = run(code, TESSERA_KERNELS="0")
     assert swapped.startswith("True ")
     assert without.startswith("False ")
     assert swapped.split()[1] == cached.split()[1] == without.split()[1]
@@ -120,8 +127,24 @@ def test_the_first_step_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
     slow.chmod(0o755)
     code = (
         "import torch; from tessera.ops import kernels;"
-        "t = torch.randn(100_000); kernels.add_pull(t.clone(), t, t, t);"
+        "t = torch.randn(100_000); kernels.add_pulls([t.clone()], [t], [t], [t]);"
         "print(kernels.available())"
     )
     path = f"{slow.parent}:{os.environ['PATH']}"
     assert run(code, PATH=path, XDG_CACHE_HOME=str(tmp_path / "c")) == "False"
+
+
+@needs_compiler
+def test_an_sgd_step_taken_in_one_pass_leaves_the_gradients_where_they_were() -> None:
+    assert kernels.available(wait_s=120)
+    net = nn.Linear(300, 300)
+    anchor = arch.anchor_from(net, "a", data=[torch.randn(64, 300)])
+    optimizer = tg.SGD(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.randn(8, 300)).square().mean().backward()
+        before = [(p.clone(), p.grad) for p in net.parameters()]
+        optimizer.step()
+        for p, (old, grad) in zip(net.parameters(), before, strict=True):
+            assert p.grad is grad
+            assert not torch.equal(p, old)

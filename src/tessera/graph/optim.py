@@ -198,13 +198,30 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise InputError(
             "an optimizer with plugins takes no closure: call backward() first, then step()"
         )
-    for p in _plugins(optimizer):
-        p.before_step()
+    known = owned(optimizer)
+    if known is None:
+        return
+    *others, last = known.plugins
+    for plugin in others:
+        plugin.before_step()
+    moved = last.take_step(optimizer)
+    if not moved:
+        last.before_step()
+    # Without a gradient PyTorch passes a parameter over; it is given back after the step.
+    known.held[:] = [(p, p.grad) for p in moved]
+    for p in moved:
+        p.grad = None
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for p in _plugins(optimizer):
-        p.after_step()
+    known = owned(optimizer)
+    if known is None:
+        return
+    for p, grad in known.held:
+        p.grad = grad
+    known.held.clear()
+    for plugin in known.plugins:
+        plugin.after_step()
 
 
 def _add_plugin_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.graph.transform import Transform
@@ -22,10 +22,12 @@ class Owned:
     Attributes:
         plugins: Its transforms, in order.
         batch_sizes: The rows of the newest training step, as its only item; empty if unknown.
+        held: Parameters that a plugin updated in the step at work, with their gradients.
     """
 
     plugins: tuple[Transform, ...]
     batch_sizes: list[int]
+    held: list[tuple[nn.Parameter, Tensor | None]]
 
 
 # id(parameter) -> its optimizers, the newest last. An optimizer holds its parameters, so as long as
@@ -36,7 +38,7 @@ _OWNED: weakref.WeakKeyDictionary[Optimizer, Owned] = weakref.WeakKeyDictionary(
 
 def own(optimizer: Optimizer, plugins: tuple[Transform, ...]) -> None:
     """Register `optimizer` as the owner of its parameters; the newest living owner counts."""
-    _OWNED[optimizer] = Owned(plugins=plugins, batch_sizes=[])
+    _OWNED[optimizer] = Owned(plugins=plugins, batch_sizes=[], held=[])
     for group in optimizer.param_groups:
         _claim(optimizer, group["params"])
     itself = weakref.ref(optimizer)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 __all__ = ["Transform"]
 
@@ -33,6 +34,16 @@ class Transform(abc.ABC):
     @abc.abstractmethod
     def before_step(self) -> None:
         """Gradients are in ``.grad``; change them here."""
+
+    def take_step(self, optimizer: Optimizer) -> Sequence[nn.Parameter]:
+        """Do `before_step` and the optimizer's own update in one pass, where that is possible.
+
+        Asked of the last plugin only. Gradients may be left as they are.
+
+        Returns:
+            The parameters that have been updated; empty where nothing was done.
+        """
+        return ()
 
     def after_step(self) -> None:  # noqa: B027 - doing nothing is a fair answer
         """The weights have moved; change them here."""

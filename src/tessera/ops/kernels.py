@@ -16,12 +16,14 @@ import stat
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["add_pull", "available", "pull"]
+__all__ = ["add_pulls", "available", "pulls", "sgd_pulls"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
@@ -30,45 +32,89 @@ _CHUNK = 1 << 16
 _MANY_THREADS = 4  # from here PyTorch's three parallel passes beat one serial pass
 
 
-def pull(param: Tensor, centre: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
-    """``w (theta - c)`` and ``sum w (theta - c)^2``, the latter a float64 scalar.
+def pulls(
+    params: Sequence[Tensor], centres: Sequence[Tensor], weights: Sequence[Tensor] | float
+) -> tuple[list[Tensor], Tensor]:
+    """``w (theta - c)`` for each parameter, and ``sum w (theta - c)^2`` over all, in float64.
 
     Example:
-        >>> grad, total = pull(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.5]))
-        >>> grad.tolist(), total.item()
+        >>> grads, total = pulls([torch.tensor([3.0])], [torch.tensor([1.0])], 0.5)
+        >>> grads[0].tolist(), total.item()
         ([1.0], 2.0)
     """
-    kernel = _kernel(param, centre, weight)
-    if kernel is not None and isinstance(weight, Tensor):
-        out = torch.empty_like(param)
-        pointers = [t.data_ptr() for t in (out, param, centre, weight)]
-        value = kernel.tessera_pull(*pointers, param.numel())
-        return out, torch.tensor(value, dtype=torch.float64)
-    gap = param - centre
-    grad = gap * weight
-    a, b = gap.reshape(-1), grad.reshape(-1)
+    if not isinstance(weights, float | int):
+        kernel = _kernel(params, centres, weights)
+        if kernel is not None:
+            grads = [torch.empty_like(p) for p in params]
+            total = kernel.tessera_pulls(*_arrays(grads, params, centres, weights))
+            return grads, torch.tensor(total, dtype=torch.float64)
+    grads, parts = [], []
+    for i, (p, c) in enumerate(zip(params, centres, strict=True)):
+        gap = p - c
+        grads.append(gap * (weights if isinstance(weights, float | int) else weights[i]))
+        parts += _dots(gap.reshape(-1), grads[-1].reshape(-1), params[0].device)
+    return grads, torch.stack(parts).sum(dtype=torch.float64)
+
+
+def _dots(a: Tensor, b: Tensor, device: torch.device) -> list[Tensor]:
     if a.dtype not in (torch.float32, torch.float64):
         a, b = a.float(), b.float()
     pairs = zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True)
-    parts = [torch.dot(x, y) for x, y in pairs]
-    return grad, torch.stack(parts).sum(dtype=torch.float64)
+    return [torch.dot(x, y).to(device) for x, y in pairs]
 
 
-def add_pull(grad: Tensor, param: Tensor, centre: Tensor, weight: Tensor) -> None:
-    """``grad += w (theta - c)``.
+def add_pulls(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    centres: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> None:
+    """``grad += w (theta - c)`` for each parameter.
 
     Example:
         >>> g = torch.zeros(1)
-        >>> add_pull(g, torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.5]))
+        >>> add_pulls([g], [torch.tensor([3.0])], [torch.tensor([1.0])], [torch.tensor([0.5])])
         >>> g.tolist()
         [1.0]
     """
-    kernel = _kernel(param, centre, weight)
-    if kernel is not None and _plain(grad):
-        pointers = [t.data_ptr() for t in (grad, param, centre, weight)]
-        kernel.tessera_add_pull(*pointers, param.numel())
-    else:
-        grad.add_((param - centre).mul_(weight))
+    kernel = _kernel(params, centres, weights)
+    if kernel is not None and all(map(_plain, grads)):
+        kernel.tessera_add_pulls(*_arrays(grads, params, centres, weights))
+        return
+    for g, p, c, w in zip(grads, params, centres, weights, strict=True):
+        g.add_((p - c).mul_(w))
+
+
+def sgd_pulls(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    centres: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    lr: float,
+) -> bool:
+    """``theta -= lr (grad + w (theta - c))`` in one pass, if the kernel takes these.
+
+    Returns:
+        False where nothing was done: `add_pulls` and the optimizer's own step do the same.
+
+    Example:
+        >>> x = torch.zeros(1, dtype=torch.float16)  # the kernel takes float32 alone
+        >>> sgd_pulls([x], [x], [x], [x], lr=0.1)
+        False
+    """
+    kernel = _kernel(params, centres, weights)
+    if kernel is None or not _LOADER.rounds_as_sgd or not all(map(_plain, grads)):
+        return False
+    kernel.tessera_sgd_pulls(*_arrays(grads, params, centres, weights), lr)
+    return True
+
+
+def _arrays(*lists: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Four arrays of pointers, one of sizes, and the count, as the kernel takes them."""
+    count = len(lists[0])
+    pointers = [(ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
+    return *pointers, (ctypes.c_int64 * count)(*[t.numel() for t in lists[0]]), count
 
 
 def available(*, wait_s: float = 0.0) -> bool:
@@ -84,22 +130,21 @@ def available(*, wait_s: float = 0.0) -> bool:
 
 
 def _plain(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
+    return t.is_cpu and t.dtype is torch.float32 and t.is_contiguous()
 
 
-def _kernel(param: Tensor, centre: Tensor, weight: Tensor | float) -> ctypes.CDLL | None:
+def _kernel(
+    params: Sequence[Tensor], centres: Sequence[Tensor], weights: Sequence[Tensor]
+) -> ctypes.CDLL | None:
     """The compiled kernel, if there is one and it takes these."""
     if _LOADER.library is None:
-        if param.numel() >= _CHUNK:
+        if sum(p.numel() for p in params) >= _CHUNK:
             _LOADER.begin()
         return None
-    fits = (
-        isinstance(weight, Tensor)
-        and _plain(param)
-        and _plain(centre)
-        and _plain(weight)
-        and param.shape == centre.shape == weight.shape  # the kernel reads as many of each
-        and torch.get_num_threads() < _MANY_THREADS
+    fits = torch.get_num_threads() < _MANY_THREADS and all(
+        # The kernel reads as many of each.
+        p.shape == c.shape == w.shape and _plain(p) and _plain(c) and _plain(w)
+        for p, c, w in zip(params, centres, weights, strict=True)
     )
     return _LOADER.library if fits else None
 
@@ -109,6 +154,7 @@ class _Loader:
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
+        self.rounds_as_sgd = False
         self.done = threading.Event()
         self._lock = threading.Lock()
         self._begun = False
@@ -126,8 +172,9 @@ class _Loader:
             if os.environ.get("TESSERA_KERNELS") != "0":
                 path = _compiled()
                 library = _load(path) if path is not None else None
-                if library is not None and _has_pytorchs_bits(library):
-                    self.library = library
+                if library is not None:
+                    pulls_agree, self.rounds_as_sgd = _has_pytorchs_bits(library)
+                    self.library = library if pulls_agree else None
         except (OSError, subprocess.SubprocessError, AttributeError):
             # No compiler, no cache, a foreign file: PyTorch goes on doing the work.
             pass
@@ -164,24 +211,31 @@ def _load(path: Path) -> ctypes.CDLL | None:
         if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
     library = ctypes.CDLL(str(path))
-    pointers = [ctypes.c_void_p] * 4
-    library.tessera_add_pull.argtypes = [*pointers, ctypes.c_int64]
-    library.tessera_add_pull.restype = None
-    library.tessera_pull.argtypes = [*pointers, ctypes.c_int64]
-    library.tessera_pull.restype = ctypes.c_double
+    arrays = (*(ctypes.c_void_p,) * 5, ctypes.c_int64)
+    library.tessera_add_pulls.argtypes = arrays
+    library.tessera_add_pulls.restype = None
+    library.tessera_sgd_pulls.argtypes = (*arrays, ctypes.c_float)
+    library.tessera_sgd_pulls.restype = None
+    library.tessera_pulls.argtypes = arrays
+    library.tessera_pulls.restype = ctypes.c_double
     return library
 
 
-def _has_pytorchs_bits(library: ctypes.CDLL) -> bool:
-    """Whether the kernel rounds as PyTorch does, here, on this processor."""
+def _has_pytorchs_bits(library: ctypes.CDLL) -> tuple[bool, bool]:
+    """Whether the pulls, and the SGD step, round as PyTorch does, here, on this processor."""
     n = 2053
     theta, c, w, grad = (torch.sin(torch.arange(n) * k) for k in (0.7, 1.3, 2.9, 0.1))
     expected = grad + (theta - c) * w
-    pointers = [t.data_ptr() for t in (theta, c, w)]
-    library.tessera_add_pull(grad.data_ptr(), *pointers, n)
+    library.tessera_add_pulls(*_arrays([grad], [theta], [c], [w]))
     out = torch.empty(n)
-    library.tessera_pull(out.data_ptr(), *pointers, n)
-    return torch.equal(grad, expected) and torch.equal(out, (theta - c) * w)
+    library.tessera_pulls(*_arrays([out], [theta], [c], [w]))
+    stepped, moved = nn.Parameter(theta.clone()), theta.clone()
+    stepped.grad = expected
+    torch.optim.SGD([stepped], lr=0.1).step()
+    start = torch.sin(torch.arange(n) * 0.1)
+    library.tessera_sgd_pulls(*_arrays([start], [moved], [c], [w]), 0.1)
+    pulled = torch.equal(grad, expected) and torch.equal(out, (theta - c) * w)
+    return pulled, torch.equal(moved, stepped.detach())
 
 
 _LOADER = _Loader()

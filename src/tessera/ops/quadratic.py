@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.ops.kernels import pull
+from tessera.ops.kernels import pulls
 
 __all__ = ["PenaltyTap", "forget", "is_watched", "report", "weighted_square"]
 
@@ -91,11 +91,9 @@ class _WeightedSquare(torch.autograd.Function):
         constant: float,
         *params: Tensor,
     ) -> Tensor:
-        pulls = [pull(p, c, w) for p, c, w in _triples(params, centres, weights)]
+        ctx.grads, total = pulls(params, centres, weights)
         ctx.save_for_backward(*params)
         ctx.centres, ctx.weights = centres, weights
-        ctx.grads = [grad for grad, _ in pulls]
-        total = torch.stack([square.to(params[0].device) for _, square in pulls]).sum()
         return (0.5 * total + constant).to(params[0].dtype)
 
     @staticmethod

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tessera.arch import Anchor
 from tessera.arch.merge import as_anchors, merged, require_strength
 from tessera.errors import AnchorError
 from tessera.graph import Transform
-from tessera.ops.kernels import add_pull, pull
+from tessera.ops.kernels import add_pulls, sgd_pulls
 from tessera.ops.quadratic import is_watched, report
 
 __all__ = ["consolidate"]
@@ -41,7 +43,6 @@ def consolidate(anchor: Anchor | Sequence[Anchor], *, lam: float) -> Transform:
         Kirkpatrick et al. 2017, eq. 3 (arXiv:1612.00796).
 
     Example:
-        >>> import torch
         >>> from tessera import graph as tg
         >>> model = nn.Linear(1, 1, bias=False)
         >>> anchor = Anchor("t0", {"weight": model.weight.detach() - 1},
@@ -80,15 +81,44 @@ class _Consolidate(Transform):
         everything = {n: p for a in self._anchors for n, p in a.live().items()}
         self._quadratic = merged(self._anchors, everything, lam=self._lam, who="opt.consolidate")
 
-    def before_step(self) -> None:
+    def _terms(self) -> tuple[list[Tensor], list[nn.Parameter], list[Tensor], list[Tensor]]:
+        """Gradients, parameters, centres and weights, in one order."""
         q = self._quadratic = self._quadratic.at(self._live)
-        for name, centre in q.centres.items():
-            p, w = self._live[name], q.weights[name]
-            if not p.requires_grad:
-                continue
-            if is_watched(p) or p.grad is None:
-                penalty, _ = pull(p.detach(), centre, w)
-                report([p], [penalty])
-                p.grad = penalty if p.grad is None else p.grad.add_(penalty)
-            else:
-                add_pull(p.grad, p.detach(), centre, w)
+        names = [n for n in q.centres if self._live[n].requires_grad]
+        params = [self._live[n] for n in names]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in params if p.grad is not None]
+        return grads, params, [q.centres[n] for n in names], [q.weights[n] for n in names]
+
+    def before_step(self) -> None:
+        grads, params, centres, weights = self._terms()
+        for p, c, w in zip(params, centres, weights, strict=True):
+            if is_watched(p):
+                report([p], [(p.detach() - c) * w])
+        add_pulls(grads, [p.detach() for p in params], centres, weights)
+
+    def take_step(self, optimizer: Optimizer) -> Sequence[nn.Parameter]:
+        """Plain SGD needs no more than the gradient and the pull, so one pass does both."""
+        rate = _plain_rate(optimizer)
+        if rate is None:
+            return ()
+        grads, params, centres, weights = self._terms()
+        if any(map(is_watched, params)):
+            return ()
+        fused = sgd_pulls(grads, [p.detach() for p in params], centres, weights, lr=rate)
+        return params if fused else ()
+
+
+def _plain_rate(optimizer: Optimizer) -> float | None:
+    """The learning rate of SGD without momentum or decay, the same for all; None for others."""
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    rates = {g["lr"] for g in optimizer.param_groups}
+    simple = all(
+        not (g["momentum"] or g["weight_decay"] or g["maximize"] or g["differentiable"])
+        for g in optimizer.param_groups
+    )
+    rate = rates.pop()
+    return rate if simple and not rates and isinstance(rate, float) else None
