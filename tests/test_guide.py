@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import tessera.data
 import tessera.opt
 from tessera import arch, graph, loss, ops
 from tessera.data import Batch
+from tessera.recipes import Settings, learn
 
 REGULARISE = """
 from tessera import graph as tg, ops as T, loss, arch
@@ -114,3 +116,11 @@ def test_rehearsal_mixes_a_quarter(names: dict[str, Any]) -> None:
     run(REHEARSE, names)
     assert names["x_mix"].shape == (40, 8)
     assert names["y_mix"].dtype == torch.int64
+
+
+def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "guide" / "learn.md").read_text()
+    block = next(b for b in page.split("```python\n")[1:] if b.startswith("# mine.py"))
+    (tmp_path / "mine.py").write_text(block.split("```")[0])
+    result = learn(Settings(recipe=str(tmp_path / "mine.py")))
+    assert result["weights_sha256"] == learn(Settings(recipe="er"))["weights_sha256"]
