@@ -47,6 +47,7 @@ class Anchor:
     params: Mapping[str, Tensor]
     stats: Mapping[str, Any] = field(default_factory=dict)
     _bound: list[_Binding] = field(default_factory=list, init=False, repr=False)
+    _merged: list[Any] = field(default_factory=list, init=False, repr=False)  # arch.merge's
 
     def __post_init__(self) -> None:
         for kind in ("fisher", "path_integral"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,17 +17,24 @@ __all__ = ["Quadratic", "as_anchors", "merged", "require_strength"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Quadratic:
-    """``1/2 sum w (theta - c)^2 + constant``, equal to the sum of the separate penalties.
+    """``lam (1/2 sum F (theta - c)^2 + constant)``, equal to the sum of the separate penalties.
 
     Attributes:
         centres: Parameter name -> c.
-        weights: Parameter name -> w, the strength included.
+        fisher: Parameter name -> F, in the order of `centres`.
         constant: What remains at the centre: the anchors' disagreement.
     """
 
     centres: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
+    fisher: Mapping[str, Tensor]
     constant: float
+    _scaled: list[tuple[float, list[Tensor]]] = field(default_factory=list, init=False)
+
+    def weights(self, lam: float) -> list[Tensor]:
+        """``lam F``, in the order of `centres`; kept for as long as `lam` stays."""
+        if not self._scaled or self._scaled[0][0] != lam:
+            self._scaled[:] = [(lam, [lam * f for f in self.fisher.values()])]
+        return self._scaled[0][1]
 
     def fits(self, current: Mapping[str, Tensor]) -> bool:
         """Whether `current` has all these parameters, in these shapes."""
@@ -39,7 +46,7 @@ class Quadratic:
             return self
         return Quadratic(
             centres={n: c.to(current[n].device) for n, c in self.centres.items()},
-            weights={n: w.to(current[n].device) for n, w in self.weights.items()},
+            fisher={n: f.to(current[n].device) for n, f in self.fisher.items()},
             constant=self.constant,
         )
 
@@ -62,46 +69,47 @@ def require_strength(who: str, name: str, value: float) -> float:
     return float(value)
 
 
-# Newest anchor -> (all anchors, strength, quadratic); weak, so that dropping
-# the anchors drops the sums.
-_Entry = tuple[tuple["weakref.ref[Anchor]", ...], float, Quadratic]
-_CACHE: weakref.WeakKeyDictionary[Anchor, _Entry] = weakref.WeakKeyDictionary()
-
-
-def merged(
-    anchors: tuple[Anchor, ...], current: Mapping[str, Tensor], *, lam: float, who: str
-) -> Quadratic:
+def merged(anchors: tuple[Anchor, ...], current: Mapping[str, Tensor], *, who: str) -> Quadratic:
     """EWC's penalty around all `anchors`, ready for the parameters `current`.
 
-    With ``w_k = lam F_k``: ``w = sum w_k``, ``c = sum w_k theta_k / w``, and the constant
-    ``1/2 sum w_k (theta_k - c)^2``, accumulated one anchor at a time as a running mean is.
+    ``F = sum F_k``, ``c = sum F_k theta_k / F``, and the constant ``1/2 sum F_k (theta_k - c)^2``,
+    accumulated one anchor at a time as a running mean is. The sums are kept in the newest anchor,
+    so dropping it drops them.
 
     Raises:
         AnchorError: An anchor has no Fisher, or is of another model.
     """
     if not anchors:
-        return Quadratic(centres={}, weights={}, constant=0.0)
-    refs, strength, quadratic = _CACHE.get(anchors[-1], ((), 0.0, None))
-    hit = (
-        quadratic is not None
-        and strength == lam
-        and len(refs) == len(anchors)
-        and all(r() is a for r, a in zip(refs, anchors, strict=True))
-    )
-    if quadratic is None or not hit:
-        quadratic = _merge(anchors, lam, who)
+        return Quadratic(centres={}, fisher={}, constant=0.0)
+    kept = anchors[-1]._merged
+    known = kept[0] if kept and kept[0].holds(anchors) else None
+    quadratic = known.quadratic if known is not None else _merge(anchors, who)
     if not quadratic.fits(current):
         for a in anchors:
             require_fit(a, current)
     placed = quadratic.at(current)
-    if placed is not quadratic or not hit:
-        _CACHE[anchors[-1]] = (tuple(weakref.ref(a) for a in anchors), lam, placed)
+    if known is None or placed is not quadratic:
+        kept[:] = [Merged(anchors=tuple(map(weakref.ref, anchors)), quadratic=placed)]
     return placed
 
 
-def _merge(anchors: tuple[Anchor, ...], lam: float, who: str) -> Quadratic:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Merged:
+    """A quadratic and the anchors it is the sum of, held weakly."""
+
+    anchors: tuple[weakref.ref[Anchor], ...]
+    quadratic: Quadratic
+
+    def holds(self, anchors: tuple[Anchor, ...]) -> bool:
+        """Whether it is the sum of exactly these, in this order."""
+        return len(self.anchors) == len(anchors) and all(
+            r() is a for r, a in zip(self.anchors, anchors, strict=True)
+        )
+
+
+def _merge(anchors: tuple[Anchor, ...], who: str) -> Quadratic:
     centres: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
+    fisher: dict[str, Tensor] = {}
     constant = 0.0
     for a in anchors:
         if not a.fisher:
@@ -111,14 +119,14 @@ def _merge(anchors: tuple[Anchor, ...], lam: float, who: str) -> Quadratic:
                 "loss.l2sp, which weighs all weights alike"
             )
         for name, f in a.fisher.items():
-            theta, w = a.params[name], lam * f
+            theta = a.params[name]
             if name not in centres:
-                centres[name], weights[name] = theta, w
+                centres[name], fisher[name] = theta, f
                 continue
-            total = weights[name] + w
-            share = torch.where(total > 0, w / total, torch.ones_like(total))
+            total = fisher[name] + f
+            share = torch.where(total > 0, f / total, torch.ones_like(total))
             gap = theta - centres[name]
-            between = weights[name] * share * gap.square()
+            between = fisher[name] * share * gap.square()
             constant += 0.5 * between.sum(dtype=torch.float64).item()
-            centres[name], weights[name] = centres[name] + share * gap, total
-    return Quadratic(centres=centres, weights=weights, constant=constant)
+            centres[name], fisher[name] = centres[name] + share * gap, total
+    return Quadratic(centres=centres, fisher=fisher, constant=constant)

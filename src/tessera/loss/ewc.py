@@ -10,6 +10,8 @@ from tessera import trees
 from tessera.arch import Anchor
 from tessera.arch.merge import as_anchors, merged, require_strength
 from tessera.ops import weighted_square
+from tessera.ops.firstclass import EWC
+from tessera.ops.registry import transformed
 
 __all__ = ["ewc"]
 
@@ -53,10 +55,9 @@ def ewc(model: nn.Module, anchor: Anchor | Sequence[Anchor], *, lam: float) -> T
     """
     require_strength("loss.ewc", "lam", lam)
     current = trees.parameters(model)
-    q = merged(as_anchors(anchor, "loss.ewc"), current, lam=lam, who="loss.ewc")
-    return weighted_square(
-        [current[name] for name in q.centres],
-        list(q.centres.values()),
-        list(q.weights.values()),
-        constant=q.constant,
-    )
+    q = merged(as_anchors(anchor, "loss.ewc"), current, who="loss.ewc")
+    params, centres = [current[name] for name in q.centres], list(q.centres.values())
+    if params and transformed():
+        penalty: Tensor = EWC.node(params, centres, list(q.fisher.values()), lam, q.constant)
+        return penalty
+    return weighted_square(params, centres, q.weights(lam), constant=lam * q.constant)

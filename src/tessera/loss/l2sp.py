@@ -9,6 +9,8 @@ from tessera.arch import Anchor
 from tessera.arch.anchor import require_fit
 from tessera.arch.merge import require_strength
 from tessera.ops import weighted_square
+from tessera.ops.firstclass import L2SP
+from tessera.ops.registry import transformed
 
 __all__ = ["l2sp"]
 
@@ -44,4 +46,7 @@ def l2sp(model: nn.Module, anchor: Anchor, *, lam: float) -> Tensor:
     require_fit(anchor, current)
     params = [current[name] for name in anchor.params]
     centres = [c.to(p.device) for c, p in zip(anchor.params.values(), params, strict=True)]
+    if transformed():
+        penalty: Tensor = L2SP.node(params, centres, lam)
+        return penalty
     return weighted_square(params, centres, float(lam))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tessera.arch.merge import require_strength
 from tessera.errors import InputError
-from tessera.ops import kl_divergence, log_softmax, softmax
+from tessera.ops.firstclass import LWF
 
 __all__ = ["lwf"]
 
@@ -47,5 +47,5 @@ def lwf(logits: Tensor, prev_logits: Tensor, *, T: float = 2.0, lam: float = 1.0
             f"loss.lwf needs two logits of one shape, got {tuple(logits.shape)} and "
             f"{tuple(prev_logits.shape)}: run both models on the same inputs"
         )
-    target = softmax(prev_logits.detach() / T)
-    return (lam * T * T) * kl_divergence(log_softmax(logits / T), target)
+    penalty: Tensor = LWF(logits, prev_logits, float(T), float(lam))
+    return penalty

@@ -10,6 +10,8 @@ from tessera.arch.anchor import require_fit
 from tessera.arch.merge import require_strength
 from tessera.errors import AnchorError
 from tessera.ops import weighted_square
+from tessera.ops.firstclass import SI
+from tessera.ops.registry import transformed
 
 __all__ = ["si"]
 
@@ -56,8 +58,9 @@ def si(model: nn.Module, anchor: Anchor, *, c: float) -> Tensor:
     current = trees.parameters(model)
     require_fit(anchor, current)
     params = [current[name] for name in omega]
-    return weighted_square(
-        params,
-        [anchor.params[name].to(p.device) for name, p in zip(omega, params, strict=True)],
-        [(2.0 * c) * w.to(p.device) for w, p in zip(omega.values(), params, strict=True)],
-    )
+    centres = [anchor.params[name].to(p.device) for name, p in zip(omega, params, strict=True)]
+    importance = [w.to(p.device) for w, p in zip(omega.values(), params, strict=True)]
+    if transformed():
+        penalty: Tensor = SI.node(params, centres, importance, c)
+        return penalty
+    return weighted_square(params, centres, [(2.0 * c) * w for w in importance])

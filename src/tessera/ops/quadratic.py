@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.ops.kernels import pulls
+from tessera.ops.registry import transformed
 
 __all__ = ["PenaltyTap", "forget", "is_watched", "report", "weighted_square"]
 
@@ -45,19 +46,10 @@ def weighted_square(
     """
     if not params:
         return torch.tensor(float(constant))
-    if _transformed():
+    if transformed():
         return _plain(params, centres, weights, constant)
     value: Tensor = _WeightedSquare.apply(centres, weights, constant, *params)  # type: ignore[no-untyped-call]
     return value
-
-
-def _transformed() -> bool:
-    """Whether a functorch level, forward AD or a compiler is looking at the operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 def _plain(

@@ -79,18 +79,19 @@ class _Consolidate(Transform):
                 )
             self._live.update({n: live[n] for n in a.fisher})
         everything = {n: p for a in self._anchors for n, p in a.live().items()}
-        self._quadratic = merged(self._anchors, everything, lam=self._lam, who="opt.consolidate")
+        self._quadratic = merged(self._anchors, everything, who="opt.consolidate")
 
     def _terms(self) -> tuple[list[Tensor], list[nn.Parameter], list[Tensor], list[Tensor]]:
         """Gradients, parameters, centres and weights, in one order."""
         q = self._quadratic = self._quadratic.at(self._live)
+        weights = dict(zip(q.centres, q.weights(self._lam), strict=True))
         names = [n for n in q.centres if self._live[n].requires_grad]
         params = [self._live[n] for n in names]
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in params if p.grad is not None]
-        return grads, params, [q.centres[n] for n in names], [q.weights[n] for n in names]
+        return grads, params, [q.centres[n] for n in names], [weights[n] for n in names]
 
     def before_step(self) -> None:
         grads, params, centres, weights = self._terms()

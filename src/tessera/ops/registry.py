@@ -1,0 +1,84 @@
+"""How an op of lifelong learning becomes one node of a graph, with every derivative there is.
+
+An op here is a plain differentiable body registered under two keys: `CompositeImplicitAutograd`, so
+that autograd, forward AD, the compiler and the exporter see one node and differentiate what is
+inside, and `FuncTorchBatchedDecomposition`, so that ``vmap`` does too. `torch.library.custom_op` is
+not used: under it `torch.func.grad` raises and `torch.func.jvp` is silently 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["OPS", "Op", "define", "transformed"]
+
+_LIBRARY = torch.library.Library("tessera", "DEF")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Op:
+    """One op of the namespace ``torch.ops.tessera``.
+
+    Attributes:
+        name: As in ``torch.ops.tessera.<name>``.
+        schema: PyTorch's schema, arguments and result.
+        body: The plain math; the op is by definition equal to it.
+
+    Example:
+        >>> OPS["l2sp"].schema
+        'l2sp(Tensor[] params, Tensor[] centres, float lam) -> Tensor'
+    """
+
+    name: str
+    schema: str
+    body: Callable[..., Any]
+
+    def node(self, *args: Any) -> Any:
+        """Call the op itself, so that a tracer records one node."""
+        return getattr(torch.ops.tessera, self.name).default(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """The op where somebody is looking at the operations, else the body at no extra cost."""
+        return self.node(*args) if transformed() else self.body(*args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(schema: str, body: Callable[..., Any]) -> Op:
+    """Register an op; see docs/guide/ir.md, "add an op".
+
+    Args:
+        schema: ``name(Tensor x, float lam) -> Tensor``; no defaults (PyTorch leaves out arguments
+            equal to them, and the body would miss them).
+        body: Pure, differentiable torch operations; no data-dependent control flow.
+
+    Example:
+        >>> define("double_(Tensor x) -> Tensor", lambda x: 2 * x)  # doctest: +SKIP
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _LIBRARY.impl(name, body, key)  # type: ignore[no-untyped-call]
+    OPS[name] = Op(name=name, schema=schema, body=body)
+    return OPS[name]
+
+
+def transformed() -> bool:
+    """Whether a functorch level, forward AD, a compiler or a tracer looks at the operations.
+
+    Example:
+        >>> transformed()
+        False
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
+    )
