@@ -5,6 +5,7 @@ Each class also derives from the builtin one would expect, so ``except ValueErro
     TesseraError
     ├── InputError        (ValueError)           wrong shape, dtype, label or range; NaN in data
     ├── UnknownNameError  (LookupError)          no such recipe, scenario, stream, policy, ...
+    ├── GraphError        (ValueError)           a step that is no graph; a damaged or unsafe graph
     ├── AnchorError       (ValueError)           an anchor that does not fit what it is used for
     ├── MetricError       (ValueError)           a figure asked for before it was recorded
     ├── NonFiniteError    (FloatingPointError)   the loss became NaN or infinite
@@ -22,6 +23,7 @@ from collections.abc import Iterable
 __all__ = [
     "AnchorError",
     "CheckpointError",
+    "GraphError",
     "InputError",
     "MetricError",
     "MissingDataError",
@@ -47,6 +49,10 @@ class UnknownNameError(TesseraError, LookupError):
 
 class AnchorError(TesseraError, ValueError):
     """An anchor does not fit the model or the penalty it is used with."""
+
+
+class GraphError(TesseraError, ValueError):
+    """A step cannot be captured, or a graph cannot be run, differentiated or loaded."""
 
 
 class MetricError(TesseraError, ValueError):

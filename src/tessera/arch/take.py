@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tessera import trees
 from tessera.arch.anchor import Anchor, shadow
-from tessera.arch.fisher import estimate
+from tessera.arch.fisher import BLOCK, estimate
+from tessera.arch.labels import blocks
 from tessera.errors import AnchorError, InputError, unknown_name
+from tessera.graph import Transform
 from tessera.graph.ownership import owned, owner, owners
 
 __all__ = ["anchor_from"]
@@ -45,7 +47,8 @@ def anchor_from(
         data: Batches of the task just learned: a `Batch` or any ``(x, y)`` pair, or inputs alone
             (a tensor). Only ``"empirical"`` looks at y. Without `data` the Fisher is recycled from
             the squared-gradient accumulator of the owning `tg.Adam`, scaled by the batch size and
-            marked ``stats["approximate"]``.
+            marked ``stats["approximate"]``. With ``fisher=None`` it is for a transform that wants
+            it, as `opt.ogd` does.
         estimator: "exact": the expectation over all labels; "sampled": one label drawn from the
             model for each example; "empirical": the data's labels (not the Fisher, and close to 0
             on a fitted model); "auto": exact for at most 32 classes, else sampled.
@@ -91,8 +94,11 @@ def anchor_from(
     params = trees.clone(live)
     buffers = trees.clone(dict(model.named_buffers()))
     stats: dict[str, Any] = {"kind": fisher}
+    curious = [p for p in _plugins(live) if p.wants_data]
+    if curious and data is not None and iter(data) is data:
+        data = list(data)  # it is read more than once, and a generator gives only once
     if fisher is None:
-        if data is not None:
+        if data is not None and not curious:
             raise InputError("arch.anchor_from: fisher=None uses no data; drop one of the two")
     elif data is None:
         stats |= _recycled(name, live)
@@ -107,6 +113,11 @@ def anchor_from(
         )
     # All that may fail comes first: a plugin that is told of an anchor starts afresh.
     frozen = shadow(model, params, buffers)
+    names = {id(p): n for n, p in live.items()}
+    for plugin in curious:
+        copied = shadow(model, params, trees.clone(buffers))
+        inputs = (x for x, _ in blocks(data, samples, BLOCK)) if data is not None else None
+        plugin.before_anchor(copied, names, inputs)
     stats |= _from_plugins(live)
     stats["buffers"] = buffers
     anchor = Anchor(name, params, stats)
@@ -114,16 +125,20 @@ def anchor_from(
     return anchor
 
 
-def _from_plugins(live: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """What the transforms of all owners add; each knows its own optimizer's part of the model."""
+def _plugins(live: Mapping[str, nn.Parameter]) -> list[Transform]:
+    """The transforms of all owners; each knows its own optimizer's part of the model."""
+    known = [owned(optimizer) for optimizer in owners(live.values())]
+    return [plugin for k in known if k is not None for plugin in k.plugins]
+
+
+def _from_plugins(live: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What the transforms of all owners add."""
     names = {id(p): n for n, p in live.items()}
     found: dict[str, Any] = {}
-    for optimizer in owners(live.values()):
-        known = owned(optimizer)
-        for plugin in known.plugins if known else ():
-            for key, value in plugin.on_anchor(names).items():
-                both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-                found[key] = {**found[key], **value} if both else value
+    for plugin in _plugins(live):
+        for key, value in plugin.on_anchor(names).items():
+            both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = {**found[key], **value} if both else value
     return found
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from tessera.cli import learn, report
+from tessera.cli import graph, learn, report
 from tessera.errors import InputError, TesseraError, UnknownNameError
 
 __all__ = ["main"]
@@ -50,4 +50,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     learn.add_to(commands)
     report.add_to(commands)
+    graph.add_to(commands)
     return parser

@@ -1,6 +1,18 @@
-"""`tg`: the training step, its optimizers, and the transforms they take as plugins."""
+"""`tg`: the training step, its optimizers and their transforms, and a step as a graph."""
 
+from tessera.graph.capture import Graph, capture
+from tessera.graph.ir import Node
 from tessera.graph.optim import SGD, Adam, InnerSGD, Transform
 from tessera.graph.step import no_grad, training_step
 
-__all__ = ["SGD", "Adam", "InnerSGD", "Transform", "no_grad", "training_step"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Graph",
+    "InnerSGD",
+    "Node",
+    "Transform",
+    "capture",
+    "no_grad",
+    "training_step",
+]

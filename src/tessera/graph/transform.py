@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = ["Transform"]
@@ -26,6 +26,7 @@ class Transform(abc.ABC):
     """
 
     params: Sequence[nn.Parameter] = ()
+    wants_data = False  # whether `before_anchor` is to be called
 
     def attach(self, params: Sequence[nn.Parameter]) -> None:
         """Called once by the optimizer, with all its parameters in order."""
@@ -47,6 +48,19 @@ class Transform(abc.ABC):
 
     def after_step(self) -> None:  # noqa: B027 - doing nothing is a fair answer
         """The weights have moved; change them here."""
+
+    def before_anchor(  # noqa: B027 - for those that want the data
+        self, model: nn.Module, names: Mapping[int, str], inputs: Iterable[Tensor] | None
+    ) -> None:
+        """Look at the task that an anchor is about to close; `on_anchor` follows if all is well.
+
+        Called where `wants_data` is set. It may raise, and what was known before must then stand.
+
+        Args:
+            model: A private copy in eval mode, with the names of the anchored model.
+            names: As for `on_anchor`.
+            inputs: The task's examples in blocks [n, ...]; None where the anchor has no data.
+        """
 
     def on_anchor(self, names: Mapping[int, str]) -> dict[str, Any]:
         """What this transform adds to a new anchor's `stats`.

@@ -1,0 +1,116 @@
+"""A graph for people: typed text in the manner of MLIR, and a drawing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, find_op, refs
+
+__all__ = ["dot", "text"]
+
+
+def text(program: Program) -> str:
+    """The program as typed text; equal programs have equal text."""
+    arguments = ", ".join(f"%{name}: {kind}" for name, kind in program.inputs)
+    lines = [f"func @{program.name}({arguments}) -> {_output_type(program)} {{"]
+    if program.constants:
+        lines += ["  params {", *(f"    {_constant(c)}" for c in program.constants), "  }"]
+    inside = False
+    for node in program.nodes:
+        if node.no_grad != inside:
+            lines.append("  no_grad {" if node.no_grad else "  }")
+            inside = node.no_grad
+        lines.append(f"{'    ' if inside else '  '}{_node(node)}")
+    if inside:
+        lines.append("  }")
+    return "\n".join([*lines, f"  return {_value(program.output)}", "}"]) + "\n"
+
+
+def _constant(c: Constant) -> str:
+    return f"%{c.name}: {TensorType.of(c.tensor)}" + (" trainable" if c.trainable else "")
+
+
+def short(op: str) -> str:
+    """The op without its overload, which the arguments imply."""
+    return op.rpartition(".")[0]
+
+
+def _node(node: Node) -> str:
+    order = [a.name for a in find_op(node.op, node.name)._schema.arguments]
+    operands: list[str] = []
+    attributes: list[str] = []
+    for at, (name, value) in enumerate(node.arguments):
+        if next(refs(value), None) is None:
+            attributes.append(f"{name} = {_value(value)}")
+        else:  # by name where an attribute or a default stands before it
+            gap = len(operands) != at or order[at] != name
+            operands.append(f"{name} = {_value(value)}" if gap else _value(value))
+    braces = f" {{{', '.join(attributes)}}}" if attributes else ""
+    types = ", ".join(map(str, node.types))
+    count = f":{len(node.types)}" if node.several else ""
+    kind = f"({types})" if node.several else types
+    return f"%{node.name}{count} = {short(node.op)}({', '.join(operands)}){braces} : {kind}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Ref):
+        return str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_value, value))})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, torch.device):
+        return value.type  # cuda:0 and cuda:1 are the same program
+    return str(value).removeprefix("torch.") if not isinstance(value, float) else repr(value)
+
+
+def types_of(program: Program) -> dict[str, tuple[TensorType, ...]]:
+    """Types of every value."""
+    known = {name: (kind,) for name, kind in program.inputs}
+    known |= {c.name: (TensorType.of(c.tensor),) for c in program.constants}
+    return known | {node.name: node.types for node in program.nodes}
+
+
+def _output_type(program: Program) -> str:
+    known = types_of(program)
+
+    def show(value: Any) -> str:
+        if isinstance(value, Ref):
+            return str(known[value.name][value.item or 0])
+        items = value.values() if isinstance(value, dict) else value
+        return f"({', '.join(show(v) for v in items)})"
+
+    return show(program.output)
+
+
+def dot(program: Program) -> str:
+    """The program as a Graphviz digraph: inputs, constants (grey), ops (dashed in no_grad)."""
+    lines = [f"digraph {json.dumps(program.name)} {{", "  node [shape=box, fontname=monospace];"]
+
+    def add(name: str, label: str, style: str) -> None:
+        lines.append(f"  {json.dumps(name)} [label={json.dumps(label)}, {style}];")
+
+    for name, kind in program.inputs:
+        add(name, f"%{name}\n{kind}", "shape=ellipse")
+    for c in program.constants:
+        add(c.name, f"%{c.name}\n{TensorType.of(c.tensor)}", 'style=filled, fillcolor="#dddddd"')
+    for node in program.nodes:
+        label = f"{short(node.op)}\n{', '.join(map(str, node.types))}"
+        add(node.name, label, "style=dashed" if node.no_grad else "style=solid")
+        lines += [f"  {json.dumps(n)} -> {json.dumps(node.name)};" for n in node.inputs]
+    names = {node.name for node in program.nodes} | set(types_of(program))
+    end = next(
+        n for n in ("return", *(f"return{i}" for i in range(len(names) + 1))) if n not in names
+    )
+    add(end, "return", "shape=ellipse")
+    lines += [f"  {json.dumps(r.name)} -> {json.dumps(end)};" for r in refs(program.output)]
+    return "\n".join([*lines, "}"]) + "\n"
