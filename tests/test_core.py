@@ -23,6 +23,7 @@ def test_every_error_is_caught_by_the_base_and_by_the_builtin_one_expects():
         "InputError": ValueError,
         "UnknownNameError": LookupError,
         "AnchorError": ValueError,
+        "GraphError": ValueError,
         "MetricError": ValueError,
         "NonFiniteError": FloatingPointError,
         "MissingDataError": FileNotFoundError,
