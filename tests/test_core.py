@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -205,3 +207,12 @@ def test_a_digest_sees_signs_of_zero_and_takes_every_dtype():
     digests = {trees.sha256({"a": torch.ones(3, dtype=d)}) for d in dtypes}
     digests |= {trees.sha256({}), trees.sha256({"a": torch.tensor(1.0)})}
     assert len(digests) == len(dtypes) + 2
+
+
+def test_importing_the_package_does_not_bring_pytorchs_tracer():
+    code = (
+        "import torch, sys; before = set(sys.modules); import tessera;"
+        "print(sorted(m for m in set(sys.modules) - before if m.split('.')[0] == 'sympy'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

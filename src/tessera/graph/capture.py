@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import os
 from collections.abc import Callable
@@ -21,9 +22,15 @@ from tessera.graph import text as printing
 from tessera.graph.ir import Node, Program, Ref, TensorType, execute
 from tessera.graph.names import closed_over, printable
 from tessera.graph.step import training_step
-from tessera.graph.trace import trace
 
 __all__ = ["Graph", "capture"]
+
+
+def _tracer() -> Any:
+    """`graph.trace`, imported when first wanted: PyTorch's tracer brings sympy, which takes a
+    third of a second that only those who capture should wait for.
+    """
+    return importlib.import_module("tessera.graph.trace")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,7 +134,9 @@ class Graph:
         examples = {
             n: torch.zeros(k.shape, dtype=k.dtype, device=device) for n, k in self.program.inputs
         }
-        return Graph(program=trace(both, examples, constants, name=f"{name}_joint", joint=True))
+        return Graph(
+            program=_tracer().trace(both, examples, constants, name=f"{name}_joint", joint=True)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph and a copy of its constants as one safetensors file, atomically.
@@ -190,7 +199,7 @@ def capture(fn: Callable[..., Any], *example_inputs: Any) -> Graph:
     def flat(*values: Tensor) -> Any:
         return fn(*pytree.tree_unflatten(values, spec))
 
-    return Graph(program=trace(flat, inputs, named, name=name))
+    return Graph(program=_tracer().trace(flat, inputs, named, name=name))
 
 
 def _undecorated(fn: Callable[..., Any]) -> Callable[..., Any]:
