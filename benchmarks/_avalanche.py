@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 __all__ = ["NAME", "reservoir"]
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision  # noqa: F401 - does it import?
 except RuntimeError:
     _ops = torch.library.Library("torchvision", "DEF")  # They live as long as this object.
     for _name in ("nms", "qnms"):

@@ -85,7 +85,7 @@ def test_the_importance_is_the_hand_computation_over_three_tasks(kind):
     for task in range(3):
         for i in range(6):
             x, y = rows(10 * task + i)
-            ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))  # noqa: B023
+            ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))
         anchor = arch.anchor_from(model, f"t{task}", fisher=None)
         assert_same(anchor, ledger.close_task())
     assert all(w.any() for w in anchor.stats["path_integral"].values())
@@ -170,7 +170,7 @@ def test_a_penalty_in_the_loss_is_not_on_the_path(kind):
 
     for i in range(5):
         x, y = rows(i)
-        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))  # noqa: B023
+        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))
     assert_same(arch.anchor_from(model, "b", fisher=None), ledger.close_task())
     # The mutant that takes the whole gradient would say something else.
     x, y = rows(9)
@@ -205,7 +205,7 @@ def test_consolidate_beside_it_is_not_on_the_path(order, loop):
     step = tg.training_step(value) if loop == "decorated" else plain
     for i in range(5):
         x, y = rows(i)
-        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))  # noqa: B023
+        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))
     assert_same(arch.anchor_from(model, "b", fisher=None), ledger.close_task())
 
 
@@ -226,7 +226,7 @@ def test_looking_at_a_penaltys_gradient_is_not_on_the_path():
 
     for i in range(3):
         x, y = rows(i)
-        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))  # noqa: B023
+        ledger.around(lambda: F.cross_entropy(model(x), y), lambda: step(x, y))
     assert norms[-1] > 0
     assert_same(arch.anchor_from(model, "b", fisher=None), ledger.close_task())
     del optimizer
@@ -359,7 +359,7 @@ def test_a_new_optimizer_for_the_next_task_goes_on_with_the_plugin():
         for i in range(4):
             x, y = rows(10 * task + i)
             ledger.around(
-                lambda: F.cross_entropy(model(x), y),  # noqa: B023
+                lambda: F.cross_entropy(model(x), y),
                 lambda o=optimizer, s=10 * task + i: train(model, o, [s]),
             )
         anchor = arch.anchor_from(model, f"t{task}", fisher=None)
@@ -379,9 +379,9 @@ def test_a_new_optimizer_still_leaves_the_penalties_out():
         gc.collect()
         x, y = rows(i)
         step = tg.training_step(
-            lambda: F.cross_entropy(model(x), y) + loss.ewc(model, anchor, lam=1.0)  # noqa: B023
+            lambda: F.cross_entropy(model(x), y) + loss.ewc(model, anchor, lam=1.0)
         )
-        ledger.around(lambda: F.cross_entropy(model(x), y), step)  # noqa: B023
+        ledger.around(lambda: F.cross_entropy(model(x), y), step)
     assert_same(arch.anchor_from(model, "b", fisher=None), ledger.close_task())
     del optimizer
 
@@ -450,7 +450,7 @@ def test_si_remembers_and_naive_training_forgets():
 
         @tg.training_step
         def step(x, y):
-            return F.cross_entropy(model(x), y) + loss.si(model, anchor, c=c)  # noqa: B023
+            return F.cross_entropy(model(x), y) + loss.si(model, anchor, c=c)
 
         for _ in range(20):
             step(*rows(7))

@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> Program:
                     f"{where} was written by a newer Tessera (format {version}, this one reads up "
                     f"to {VERSION}). Upgrade with: pip install -U tessera-lifelong"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
         graph = metadata["graph"]
         if version != str(VERSION) or metadata["sha256"] != _digest(graph, tensors):
             raise ValueError("its checksum does not match")

@@ -24,34 +24,38 @@ __all__ = [
     "PARAMETER",
     "RECENCY_WEIGHTED",
     "SI",
+    "squares",
 ]
 
 
-def _squares(
-    params: Sequence[Tensor], centres: Sequence[Tensor], weights: Sequence[Tensor] | None
+def squares(
+    params: Sequence[Tensor], centres: Sequence[Tensor], weights: Sequence[Tensor] | float
 ) -> Tensor:
-    """``sum w (theta - c)^2`` in plain math; float32 at least."""
+    """``sum w (theta - c)^2`` in plain math; float32 at least.
+
+    Example:
+        >>> squares([torch.tensor([3.0])], [torch.tensor([1.0])], 0.5).item()
+        2.0
+    """
     total = params[0].new_zeros((), dtype=torch.promote_types(params[0].dtype, torch.float32))
     for i, (p, c) in enumerate(zip(params, centres, strict=True)):
-        square = (p - c.detach()).square()
-        if weights is not None:
-            square = weights[i].detach() * square
-        total = total + square.sum().to(total.device)
+        w = weights if isinstance(weights, float | int) else weights[i].detach()
+        total = total + (w * (p - c.detach()).square()).sum().to(total.device)
     return total
 
 
 def _ewc(
     params: list[Tensor], centres: list[Tensor], fisher: list[Tensor], lam: float, constant: float
 ) -> Tensor:
-    return lam * (0.5 * _squares(params, centres, fisher) + constant)
+    return lam * (0.5 * squares(params, centres, fisher) + constant)
 
 
 def _si(params: list[Tensor], centres: list[Tensor], omega: list[Tensor], c: float) -> Tensor:
-    return c * _squares(params, centres, omega)
+    return c * squares(params, centres, omega)
 
 
 def _l2sp(params: list[Tensor], centres: list[Tensor], lam: float) -> Tensor:
-    return 0.5 * lam * _squares(params, centres, None)
+    return 0.5 * lam * squares(params, centres, 1.0)
 
 
 def _kl_divergence(log_p: Tensor, q: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.ops.firstclass import squares
 from tessera.ops.kernels import pulls
 from tessera.ops.registry import transformed
 
@@ -47,21 +48,9 @@ def weighted_square(
     if not params:
         return torch.tensor(float(constant))
     if transformed():
-        return _plain(params, centres, weights, constant)
+        return (0.5 * squares(params, centres, weights) + constant).to(params[0].dtype)
     value: Tensor = _WeightedSquare.apply(centres, weights, constant, *params)  # type: ignore[no-untyped-call]
     return value
-
-
-def _plain(
-    params: Sequence[Tensor],
-    centres: Sequence[Tensor],
-    weights: Sequence[Tensor] | float,
-    constant: float,
-) -> Tensor:
-    total = params[0].new_tensor(constant)
-    for p, c, w in _triples(params, centres, weights):
-        total = total + 0.5 * (w * (p - c).square()).sum().to(total.device)
-    return total
 
 
 def _triples(
