@@ -47,6 +47,43 @@ def test_the_kernel_has_pytorchs_bits_at_every_size() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "size", "rank"), [(100, 784, 24), (3, 5, 3), (1, 16, 8), (7, 300, 40), (64, 79, 17)]
+)
+def test_the_projection_is_that_of_float64(rows: int, size: int, rank: int, biased: bool) -> None:
+    assert kernels.available(wait_s=120)
+    high = size + biased
+    m = torch.zeros(high, -(-rank // 8) * 8)[:, :rank]
+    m.copy_(torch.linalg.qr(torch.randn(high, rank))[0])
+    before = torch.randn(rows, high)
+    after = before + torch.randn(rows, high)
+    w, b = after[:, :size].contiguous(), after[:, size:].contiguous()
+    w_before, b_before = before[:, :size].contiguous(), before[:, size:].contiguous()
+    bias = (b.view(-1), b_before.view(-1)) if biased else None
+    assert kernels.project((w, w_before), bias, m)
+    left = torch.cat([w, b], 1).double() - before.double()
+    update = after.double() - before.double()
+    expected = update - update @ m.double() @ m.double().T
+    torch.testing.assert_close(left, expected, rtol=0, atol=4e-6)
+
+
+@needs_compiler
+def test_what_the_projection_does_not_take_is_left_alone() -> None:
+    assert kernels.available(wait_s=120)
+    w, before, m = torch.randn(4, 16), torch.zeros(4, 16), torch.eye(16, 8)
+    same = w.clone()
+    for given in (
+        ((w.double(), before.double()), m.double()),
+        ((w.T, before.T), torch.eye(4, 8)),
+        ((w, before), m[:, :3].clone()),
+        ((w, before), m.T.contiguous().T),
+    ):
+        assert not kernels.project(given[0], None, given[1])
+    assert torch.equal(w, same)
+
+
+@needs_compiler
 def test_what_the_kernel_does_not_take_pytorch_does() -> None:
     assert kernels.available(wait_s=120)
     for tensors in (

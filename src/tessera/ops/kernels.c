@@ -1,7 +1,7 @@
-/* The pull of a quadratic, w (theta - c), in one pass over memory.
+/* The pull of a quadratic, w (theta - c), in one pass over memory; and a projection.
  *
- * Compiled with -ffp-contract=off: every operation rounds as it does in PyTorch's sub, mul and
- * add, so gradients have the same bits whether or not this file could be compiled.
+ * Compiled with -ffp-contract=off: every operation of the pulls rounds as it does in PyTorch's sub,
+ * mul and add, so gradients have the same bits whether or not this file could be compiled.
  */
 #include <stdint.h>
 
@@ -66,4 +66,126 @@ double tessera_pulls(float *const *out, const float *const *theta, const float *
     for (int64_t t = 0; t < count; t++)
         total += pull(out[t], theta[t], c[t], w[t], n[t]);
     return total;
+}
+
+/* From here on a multiplication and an addition may round once: what follows is compared with
+ * PyTorch by its error, not by its bits. */
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+enum { TILE = 256 };
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+#define V8(p) (*(v8 *)(p))
+#define INLINE static inline __attribute__((always_inline))
+
+/* c[r][k] += sum_i u[r][i] m[i][k], for `rows` <= 4 rows and 8 `wide` <= 24 columns k. Twelve sums,
+ * three of m and one of u fill the sixteen registers of AVX2. */
+INLINE void strip(int rows, int wide, float *c, const float *u, const float *m, int64_t size,
+                  int64_t rank)
+{
+    v8 s[4][3];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < wide; v++)
+            s[r][v] = V8(c + r * rank + 8 * v);
+    for (int64_t i = 0; i < size; i++)
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < wide; v++)
+                s[r][v] += u[r * TILE + i] * V8(m + i * rank + 8 * v);
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < wide; v++)
+            V8(c + r * rank + 8 * v) = s[r][v];
+}
+
+/* c += (after - before) m; after, before [rows, size], m [size, rank], c [rows, rank]. The tile of m
+ * stays in the first cache for all rows. */
+static void along(float *c, const float *after, const float *before, const float *m, int64_t rows,
+                  int64_t size, int64_t rank)
+{
+    float u[4 * TILE];
+    for (int64_t i = 0; i < size; i += TILE) {
+        int64_t n = size - i < TILE ? size - i : TILE;
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t some = rows - r < 4 ? rows - r : 4;
+            for (int64_t q = 0; q < some; q++)
+                for (int64_t j = 0, at = (r + q) * size + i; j < n; j++)
+                    u[q * TILE + j] = after[at + j] - before[at + j];
+            for (int64_t k = 0; k < rank; k += 24) {
+                int64_t wide = rank - k < 24 ? (rank - k) / 8 : 3;
+                const float *mk = m + i * rank + k;
+                float *ck = c + r * rank + k;
+                if (some == 4 && wide == 3)
+                    strip(4, 3, ck, u, mk, n, rank);
+                else if (some == 4 && wide == 2)
+                    strip(4, 2, ck, u, mk, n, rank);
+                else if (some == 4)
+                    strip(4, 1, ck, u, mk, n, rank);
+                else
+                    for (int64_t q = 0; q < some; q++)
+                        for (int64_t v = 0; v < wide; v++)
+                            strip(1, 1, ck + q * rank + 8 * v, u + q * TILE, mk + 8 * v, n, rank);
+            }
+        }
+    }
+}
+
+enum { WIDE = 64 };
+
+/* w -= c m^T; w [rows, size], c [rows, rank], m [size, rank]. WIDE rows of m at a time are turned
+ * into t [rank, WIDE], once for all rows of w. */
+static void take(float *w, const float *c, const float *m, float *t, int64_t rows, int64_t size,
+                 int64_t rank)
+{
+    int64_t even = size / 16 * 16;
+    for (int64_t begin = 0; begin < even; begin += WIDE) {
+        int64_t n = even - begin < WIDE ? even - begin : WIDE;
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t k = 0; k < rank; k++)
+                t[WIDE * k + j] = m[(begin + j) * rank + k];
+        for (int64_t r = 0; r < rows; r += 4)
+            for (int64_t i = 0; i < n; i += 16) {
+                /* Rows past the last are the last again; all are written from the same sums. */
+                float *to[4];
+                const float *from[4];
+                v8 a[4], b[4];
+                for (int q = 0; q < 4; q++) {
+                    int64_t row = r + q < rows ? r + q : rows - 1;
+                    to[q] = w + row * size + begin + i, from[q] = c + row * rank;
+                    a[q] = V8(to[q]), b[q] = V8(to[q] + 8);
+                }
+                for (int64_t k = 0; k < rank; k++) {
+                    v8 x = V8(t + WIDE * k + i), y = V8(t + WIDE * k + i + 8);
+                    for (int q = 0; q < 4; q++)
+                        a[q] -= from[q][k] * x, b[q] -= from[q][k] * y;
+                }
+                for (int q = 0; q < 4; q++)
+                    V8(to[q]) = a[q], V8(to[q] + 8) = b[q];
+            }
+    }
+    for (int64_t i = even; i < size; i++)
+        for (int64_t r = 0; r < rows; r++) {
+            float s = 0;
+            for (int64_t k = 0; k < rank; k++)
+                s += c[r * rank + k] * m[i * rank + k];
+            w[r * size + i] -= s;
+        }
+}
+
+/* Take U M M^T out of an update U = [w - w_before, b - b_before] of a layer: w [rows, size], b [rows]
+ * or 0, m [size, rank], or [size + 1, rank] with b; rank a multiple of 8; scratch
+ * [rows + 64, rank]. */
+void tessera_project(float *w, const float *w_before, float *b, const float *b_before,
+                     const float *m, float *scratch, int64_t rows, int64_t size, int64_t rank)
+{
+    float *c = scratch, *t = scratch + rows * rank;
+    for (int64_t i = 0; i < rows * rank; i++)
+        c[i] = 0;
+    along(c, w, w_before, m, rows, size, rank);
+    if (b) {
+        along(c, b, b_before, m + size * rank, rows, 1, rank);
+        take(b, c, m + size * rank, t, rows, 1, rank);
+    }
+    take(w, c, m, t, rows, size, rank);
 }

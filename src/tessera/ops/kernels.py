@@ -1,8 +1,9 @@
-"""The pull of a quadratic in one pass: PyTorch at first, a C kernel once one is compiled.
+"""The pull of a quadratic and a projection: PyTorch at first, a C kernel once one is compiled.
 
 The kernel is compiled in the background by the machine's ``cc`` when it is first wanted, which
 takes a fraction of a second, and kept in the user's cache. Where there is no compiler, or with
-``TESSERA_KERNELS=0``, PyTorch goes on doing the work in three passes, to the same bits.
+``TESSERA_KERNELS=0``, PyTorch goes on doing the work: the pulls in three passes, to the same bits;
+the projection in more calls, to the same precision.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["add_pulls", "available", "pulls", "sgd_pulls"]
+__all__ = ["add_pulls", "available", "project", "pulls", "sgd_pulls"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
@@ -107,6 +108,45 @@ def sgd_pulls(
     if kernel is None or not _LOADER.rounds_as_sgd or not all(map(_plain, grads)):
         return False
     kernel.tessera_sgd_pulls(*_arrays(grads, params, centres, weights), lr)
+    return True
+
+
+def project(
+    weight: tuple[Tensor, Tensor], bias: tuple[Tensor, Tensor] | None, directions: Tensor
+) -> bool:
+    """Take ``U M M^T`` out of an update U of a layer, if the kernel takes these.
+
+    Its sums are added up in another order than PyTorch's. So that a run has the same bits however
+    long the compiler takes, wait for `available` before the first call.
+
+    Args:
+        weight: The weight [out, ...] as it is and as it was before the update.
+        bias: The same of the bias [out]; None where there is none.
+        directions: Orthonormal M [in, r], [in + 1, r] with a bias, in rows that are a multiple of
+            8 floats apart, with zeros behind the r.
+
+    Returns:
+        False where nothing was done.
+
+    Example:
+        >>> w, m = torch.ones(2, 1), torch.eye(1, 8)[:, :1]
+        >>> project((w, torch.zeros(2, 1)), None, m) == (w.sum() == 0).item()
+        True
+    """
+    given = (*weight, *(bias or ()))
+    if _LOADER.library is None or torch.get_num_threads() >= _MANY_THREADS:
+        return False
+    wide = directions.stride(0)
+    laid = directions.is_cpu and directions.dtype is torch.float32 and directions.stride(1) == 1
+    if wide % 8 or not laid or not all(map(_plain, given)):
+        return False
+    rows = len(weight[0])
+    scratch = torch.empty(rows + 64, wide)
+    w, before, b, b_before = [t.data_ptr() for t in given] + [None, None][: 4 - len(given)]
+    _LOADER.library.tessera_project(
+        *(w, before, b, b_before, directions.data_ptr(), scratch.data_ptr()),
+        *(rows, weight[0].numel() // rows, wide),
+    )
     return True
 
 
@@ -216,6 +256,8 @@ def _load(path: Path) -> ctypes.CDLL | None:
     library.tessera_add_pulls.restype = None
     library.tessera_sgd_pulls.argtypes = (*arrays, ctypes.c_float)
     library.tessera_sgd_pulls.restype = None
+    library.tessera_project.argtypes = (*(ctypes.c_void_p,) * 6, *(ctypes.c_int64,) * 3)
+    library.tessera_project.restype = None
     library.tessera_pulls.argtypes = arrays
     library.tessera_pulls.restype = ctypes.c_double
     return library

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tessera.errors import AnchorError, InputError, unknown_name
 from tessera.graph import Transform
+from tessera.ops import kernels
 
 __all__ = ["ogd"]
 
@@ -81,7 +82,8 @@ class _Basis:
 
     Attributes:
         bias: Position of the layer's bias among the optimizer's parameters; -1 for none.
-        directions: Orthonormal columns [in, r], or [in + 1, r] for a layer with a bias.
+        directions: Orthonormal columns [in, r], or [in + 1, r] for a layer with a bias; the rows
+            lie a multiple of 8 floats apart, with zeros between, as `kernels.project` wants them.
         energies: [r], the share of the tasks' inputs along each, summed over tasks.
     """
 
@@ -131,7 +133,7 @@ class _OGD(Transform):
             self._next[i] = _like(grown, self.params[i])
 
     def on_anchor(self, names: Mapping[int, str]) -> dict[str, Any]:
-        self._bases, self._next = self._next, {}
+        self._bases, self._next = _for_good(self._next), {}
         return {}
 
     def _layers(
@@ -158,25 +160,17 @@ class _OGD(Transform):
         return found
 
     def before_step(self) -> None:
-        both = {i for w, basis in self._bases.items() for i in (w, basis.bias) if i >= 0}
-        # A copy: on a CPU a detached tensor is the weight itself and would move with it.
-        self._before = {i: self.params[i].detach().clone() for i in both}
+        both = [i for w, basis in self._bases.items() for i in (w, basis.bias) if i >= 0]
+        # Copies: on a CPU a detached tensor is the weight itself and would move with it.
+        self._before = {i: self.params[i].detach().clone() for i in dict.fromkeys(both)}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if not self._before:
-            return
-        undo = self._before  # becomes before - after: what would take the step back
-        torch._foreach_sub_(list(undo.values()), [self.params[i].detach() for i in undo])
+        before, self._before = self._before, {}
+        pairs = {i: (p, b) for i, b in before.items() if (p := self.params[i]).requires_grad}
         for i, basis in self._bases.items():
-            weight = self.params[i]
-            bias = self.params[basis.bias] if basis.bias >= 0 else None
-            _project(
-                (weight, undo[i]) if weight.requires_grad else None,
-                (bias, undo[basis.bias]) if bias is not None and bias.requires_grad else None,
-                basis.directions,
-            )
-        self._before = {}
+            if before:
+                _project(pairs.get(i), pairs.get(basis.bias), basis)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -196,7 +190,14 @@ class _OGD(Transform):
             if not _fit(saved, self.params):
                 raise InputError("opt.ogd: the saved state is of parameters of other shapes")
             saved = {i: _like(b, self.params[i]) for i, b in saved.items()}
-        self._bases = saved
+        self._bases = _for_good(saved)
+
+
+def _for_good(bases: dict[int, _Basis]) -> dict[int, _Basis]:
+    """The same; from now on every step is projected in one way, so that bits can be compared."""
+    if bases:
+        kernels.available(wait_s=60)
+    return bases
 
 
 def _fit(bases: Mapping[int, _Basis], params: Sequence[nn.Parameter]) -> bool:
@@ -213,7 +214,10 @@ def _fit(bases: Mapping[int, _Basis], params: Sequence[nn.Parameter]) -> bool:
 def _like(basis: _Basis, weight: Tensor) -> _Basis:
     """The basis where its weight is; in its precision, but no less than float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    moved = basis.directions.to(weight.device, wide)
+    rows, r = basis.directions.shape
+    padded = torch.zeros(rows, -(-r // 8) * 8, device=weight.device, dtype=wide)
+    padded[:, :r] = basis.directions
+    moved = padded[:, :r]
     return _Basis(bias=basis.bias, directions=moved, energies=basis.energies.to(weight.device))
 
 
@@ -299,31 +303,30 @@ def _grown(old: _Basis | None, gram: Tensor, bias: int, limits: tuple[int, float
 
 
 def _project(
-    weight: tuple[Tensor, Tensor] | None, bias: tuple[Tensor, Tensor] | None, directions: Tensor
+    weight: tuple[Tensor, Tensor] | None, bias: tuple[Tensor, Tensor] | None, basis: _Basis
 ) -> None:
     """Take back what an update does to the protected inputs.
 
     Args:
-        weight: The weight, and what it was minus what it is; None where it is frozen.
+        weight: The weight as it is and as it was; None where it is frozen.
         bias: The same of the bias; None where it is frozen, or there is none.
-        directions: The layer's basis.
+        basis: The layer's.
     """
+    directions = basis.directions
     if weight is None:
         if bias is not None:  # every protected input holds the same 1
-            bias[0].add_(bias[1])
+            bias[0].copy_(bias[1])
         return
-    w, back = weight
-    size = w[0].numel()
+    w = weight[0]
+    size = w.numel() // len(w)
     if bias is None and len(directions) > size:
         # The weight alone must leave the answers as they are.
         directions = torch.linalg.qr(directions[:size])[0]
-    top = directions[:size] if bias is not None else directions
-    along = back.flatten(1).to(top.dtype) @ top
+    if kernels.project(weight, bias, directions):
+        return
+    top = directions[:size]
+    along = (weight[1] - w).flatten(1).to(top.dtype) @ top
     if bias is not None:
-        b, last = bias[0], directions[size]
-        along.addr_(bias[1].to(top.dtype), last)
-        b.add_(along @ last)
-    if w.dim() == 2 and w.dtype == top.dtype:
-        w.addmm_(along, top.T)
-    else:
-        w.add_((along @ top.T).view_as(w))
+        along.addr_((bias[1] - bias[0]).to(top.dtype), directions[size])
+        bias[0].add_(along @ directions[size])
+    w.add_((along @ top.T).view_as(w))
