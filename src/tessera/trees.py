@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["clone", "parameters", "sha256"]
+__all__ = ["beside", "clone", "parameters", "sha256"]
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -19,6 +19,17 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ['weight', 'bias']
     """
     return dict(model.named_parameters())
+
+
+def beside(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` on the device of `other`; itself where it is there already.
+
+    Example:
+        >>> a = torch.zeros(1)
+        >>> beside(a, torch.ones(1)) is a  # so a captured step shows no copy
+        True
+    """
+    return tensor if tensor.device == other.device else tensor.to(other.device)
 
 
 def clone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

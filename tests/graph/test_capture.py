@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tessera import arch, data, loss
+from tessera import arch, data, loss, opt
 from tessera import graph as tg
+from tessera import ops as T
 from tessera.errors import GraphError, MissingDataError
 from tessera.graph import store
+from tessera.ops.registry import OPS
 
 X, Y = torch.linspace(-1, 1, 20).reshape(5, 4), torch.tensor([0, 1, 0, 1, 1])
 
@@ -115,6 +117,41 @@ def test_penalties_are_one_node_each_and_anchors_give_names() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_every_op_of_the_package_is_one_node_and_the_teacher_has_its_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = tg.SGD(model.parameters(), lr=0.1, plugin=opt.path_integral())
+    optimizer.zero_grad()
+    model(X).sum().backward()
+    optimizer.step()
+    anchor = arch.anchor_from(model, "t0", data=[data.Batch(X, Y)])
+    A, B = torch.ones(2, 4), torch.ones(3, 2)
+
+    def step(x: Tensor, y: Tensor, old: Tensor) -> Tensor:
+        weight = T.parameter(model[0].weight, "0.weight", anchor="t0")
+        hidden = T.delta_apply(x, weight, model[0].bias, A, B, 0.5)
+        logits = model[2](hidden.relu())
+        with tg.no_grad():
+            before = anchor.model(x)
+        new = T.cross_entropy(logits, y)
+        kept = loss.ewc(model, anchor, lam=2.0) + loss.si(model, anchor, c=0.1)
+        kept = kept + loss.l2sp(model, anchor, lam=0.1) + loss.lwf(logits, before)
+        kept = kept + T.kl_divergence(T.log_softmax(logits), T.softmax(before))
+        return loss.recency_weighted(new, loss.der(logits, old, alpha=0.1), rho=0.7) + kept
+
+    given = (X, Y, torch.ones(5, 2))
+    graph = tg.capture(step, *given)
+    ours = [n.op.split(".")[1] for n in graph.ops() if n.op.startswith("tessera.")]
+    assert sorted(ours) == sorted(set(OPS) - {"maml_step"})
+    assert "%anchor.model.0.weight, %anchor.model.0.bias" in graph.text()
+    assert "%anchor.path_integral.2.bias" in graph.text()
+    assert "aten.to(" not in graph.text()
+    assert '{name = "0.weight", anchor = "t0"}' in graph.text()
+    torch.testing.assert_close(graph.run(*given), step(*given))
+    pairs = zip(gradients(graph.run(*given), model), gradients(step(*given), model), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
 def test_a_training_step_is_captured_as_it_was_and_trains_nothing() -> None:
     model = nn.Linear(4, 2)
     before = model.weight.clone()
@@ -176,6 +213,75 @@ def test_random_ops_stay_random() -> None:
 def test_run_refuses_other_inputs(inputs: tuple[Any, ...]) -> None:
     with pytest.raises(GraphError, match=r"takes \(%x: tensor<5x4xf32>, %y: tensor<5xi64>\), got"):
         small()["graph"].run(*inputs)
+
+
+# --- graphs inside ops -----------------------------------------------------------------------
+
+
+def squares(params: list[Tensor], batch: list[Tensor]) -> Tensor:
+    return (batch[0] @ params[0]).square().sum()
+
+
+def descent(x: Tensor) -> tg.Graph:
+    start = torch.ones(4)
+    region = tg.gradient_region(squares, [start], [x])
+    return tg.capture(
+        lambda x: torch.ops.tessera.maml_step([start], [x], region, 2, 0.1, True)[0].sum(), x
+    )
+
+
+def test_a_region_is_printed_inside_its_op_and_travels_with_the_file(tmp_path: Path) -> None:
+    graph = descent(X)
+    assert [n.op for n in graph.ops()] == ["tessera.maml_step.default", "aten.sum.default"]
+    text = graph.text()
+    assert "{steps = 2, lr = 0.1, create_graph = true} : (tensor<4xf32>) {\n    gradients(" in text
+    assert "      return [%" in text
+    graph.save(tmp_path / "g")
+    script = f"""
+import torch
+from tessera import graph as tg
+graph = tg.Graph.load({str(tmp_path / "g")!r})
+print(graph.hash, graph.run(torch.linspace(-1, 1, 20).reshape(5, 4)).item())
+"""
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert other.stdout.split() == [graph.hash, str(graph.run(X).item())], other.stderr
+
+
+def test_a_region_that_is_not_the_one_it_says_it_is(tmp_path: Path) -> None:
+    graph, path = descent(X), tmp_path / "g"
+
+    def unknown(tree: dict[str, Any]) -> None:
+        tree["nodes"][0]["arguments"][2][1] = "0" * 64
+
+    def swapped(tree: dict[str, Any]) -> None:
+        (inner,) = tree["regions"].values()
+        inner["nodes"][0]["name"] += "_"
+        inner["output"] = [{"ref": [inner["nodes"][0]["name"], None]}]
+
+    for change, message in (
+        (unknown, "holds the region '000"),
+        (swapped, "nothing before it|hash"),
+    ):
+        graph.save(path)
+        forge(path, change)
+        with pytest.raises(GraphError, match=message):
+            tg.Graph.load(path)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (lambda p, b: (b[0] @ p[0].detach()).sum() + p[0].sum(), r"%detach at .* stops the grad"),
+        (lambda p, b: (b[0] * torch.tensor([1.0, 2, 3, 4]) @ p[0]).sum(), r"closes over %const0"),
+        (lambda p, b: b[0].sum(), r"depend on params\[0\]"),
+        (lambda p, b: p[0].sum() if b[0].sum() > 0 else p[0].prod(), r"depends on the data"),
+    ],
+)
+def test_a_loss_that_gives_no_region(inner: Callable[..., Tensor], message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        tg.gradient_region(inner, [torch.ones(4)], [X])
+    with pytest.raises(GraphError, match="no region 'none' is known here"):
+        torch.ops.tessera.maml_step([torch.ones(4)], [X], "none", 1, 0.1, True)
 
 
 # --- what it refuses -------------------------------------------------------------------------

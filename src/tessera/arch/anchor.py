@@ -71,6 +71,11 @@ class Anchor:
                 "values; an importance is >= 0"
             )
 
+    def _named_parts(self) -> list[tuple[str, Any]]:
+        """How a captured graph names its tensors: `anchor.fisher`, not `anchor.stats.fisher`."""
+        bound = [("model", b.frozen) for b in self._bound[:1]]
+        return [("params", self.params), *self.stats.items(), *bound, ("", self._merged)]
+
     @property
     def fisher(self) -> Mapping[str, Tensor]:
         """Parameter name -> diagonal Fisher; empty when there is none."""

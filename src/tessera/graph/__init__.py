@@ -3,6 +3,7 @@
 from tessera.graph.capture import Graph, capture
 from tessera.graph.ir import Node
 from tessera.graph.optim import SGD, Adam, InnerSGD, Transform
+from tessera.graph.regions import gradient_region
 from tessera.graph.step import no_grad, training_step
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Node",
     "Transform",
     "capture",
+    "gradient_region",
     "no_grad",
     "training_step",
 ]

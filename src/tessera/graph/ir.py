@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from tessera.errors import GraphError
+from tessera.ops.registry import OPS, REGIONS
 
-__all__ = ["Constant", "Node", "Program", "Ref", "TensorType", "check", "execute", "find_op"]
+__all__ = [
+    "Constant",
+    "Node",
+    "Program",
+    "Ref",
+    "TensorType",
+    "check",
+    "execute",
+    "find_op",
+    "region_of",
+]
 
 NAMESPACES = ("aten", "tessera")
 _DTYPES = {
@@ -184,6 +195,13 @@ def find_op(op: str, node: str) -> torch._ops.OpOverload:
     return target
 
 
+def region_of(node: Node) -> tuple[str, str] | None:
+    """(argument, name) of the region the node's op holds, if it holds one."""
+    space, name, _ = node.op.split(".")
+    argument = OPS[name].region if space == "tessera" and name in OPS else None
+    return (argument, node.attributes[argument]) if argument else None
+
+
 def check(program: Program) -> None:
     """Refuse what cannot run: unknown ops or values, wrong arguments, and mutated inputs.
 
@@ -238,6 +256,12 @@ def _check_arguments(node: Node) -> None:
         raise GraphError(
             f"node %{node.name}: op {node.op!r} has the arguments {', '.join(known)}, "
             f"got {', '.join(given) or 'none'}"
+        )
+    held = region_of(node)
+    if held is not None and held[1] not in REGIONS:
+        raise GraphError(
+            f"node %{node.name} ({node.op}) holds the region {held[1]!r}, which is not known here: "
+            "make it with tg.gradient_region, or load it with a graph that was saved with it"
         )
 
 

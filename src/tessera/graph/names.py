@@ -96,6 +96,8 @@ def _walk(value: Any, name: str, depth: int, found: dict[str, Tensor], seen: set
 def _items(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, nn.Module):
         return [*value.named_parameters(), *value.named_buffers()]
+    if hasattr(value, "_named_parts"):  # what a value calls its parts, where fields do not say it
+        return list(value._named_parts())
     if isinstance(value, Mapping):
         return [(str(k), v) for k, v in list(value.items())[:_MAX_ITEMS]]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -103,9 +105,7 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, tuple | list):
         return [(str(i), v) for i, v in enumerate(value[:_MAX_ITEMS])]
     if is_dataclass(value):
-        named = [(f.name, getattr(value, f.name, None)) for f in fields(value)]
-        # An anchor's stats are transparent: `anchor.fisher`, not `anchor.stats.fisher`.
-        return [("" if n == "stats" else n, v) for n, v in named]
+        return [(f.name, getattr(value, f.name, None)) for f in fields(value)]
     slots = [n for n in getattr(type(value), "__slots__", ()) if isinstance(n, str)]
     named = [(n, getattr(value, n, None)) for n in slots]
     return [*named, *getattr(value, "__dict__", {}).items()]

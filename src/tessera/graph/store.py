@@ -22,7 +22,9 @@ from torch import Tensor
 
 from tessera import trees
 from tessera.errors import GraphError, MissingDataError, StorageError
-from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, check
+from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, check, region_of
+from tessera.graph.regions import register
+from tessera.graph.text import PROGRAMS
 
 __all__ = ["VERSION", "read", "write"]
 
@@ -39,7 +41,9 @@ def write(path: str | os.PathLike[str], program: Program) -> None:
         StorageError: The file could not be written; what stood there is unchanged.
     """
     tensors = {c.name: c.tensor.detach().cpu().contiguous().clone() for c in program.constants}
-    graph = json.dumps(_to_json(program), allow_nan=False, separators=(",", ":"))
+    regions = {name: _to_json(PROGRAMS[name]) for name in _regions(program)}
+    tree = _to_json(program) | ({"regions": regions} if regions else {})
+    graph = json.dumps(tree, allow_nan=False, separators=(",", ":"))
     metadata = {"format": _FORMAT, "version": str(VERSION), "graph": graph}
     metadata["sha256"] = _digest(graph, tensors)
     try:
@@ -96,7 +100,13 @@ def read(path: str | os.PathLike[str]) -> Program:
         graph = metadata["graph"]
         if version != str(VERSION) or metadata["sha256"] != _digest(graph, tensors):
             raise ValueError("its checksum does not match")
-        program = _from_json(json.loads(graph), tensors)
+        tree = json.loads(graph)
+        for name, inner in tree.get("regions", {}).items():
+            region = _from_json(inner, {})
+            check(region)
+            if register(region) != name:
+                raise ValueError(f"its region {name!r} has another hash")
+        program = _from_json(tree, tensors)
         check(program)
     except FileNotFoundError as error:
         raise MissingDataError(
@@ -115,6 +125,11 @@ def read(path: str | os.PathLike[str]) -> Program:
     ) as error:
         raise GraphError(f"{where} is no graph, or a damaged one: {error}") from error
     return program
+
+
+def _regions(program: Program) -> dict[str, None]:
+    """Names of the regions of its nodes."""
+    return {held[1]: None for n in program.nodes if (held := region_of(n)) is not None}
 
 
 def _digest(graph: str, tensors: dict[str, Tensor]) -> str:

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 
-from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, find_op, refs
+from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, find_op, refs, region_of
 
-__all__ = ["dot", "text"]
+__all__ = ["PROGRAMS", "dot", "text"]
+
+PROGRAMS: dict[str, Program] = {}  # those that ops hold, by content hash
 
 
 def text(program: Program) -> str:
     """The program as typed text; equal programs have equal text."""
+    return "\n".join(_function(program, f"func @{program.name}")) + "\n"
+
+
+def _function(program: Program, head: str) -> list[str]:
     arguments = ", ".join(f"%{name}: {kind}" for name, kind in program.inputs)
-    lines = [f"func @{program.name}({arguments}) -> {_output_type(program)} {{"]
+    lines = [f"{head}({arguments}) -> {_output_type(program)} {{"]
     if program.constants:
         lines += ["  params {", *(f"    {_constant(c)}" for c in program.constants), "  }"]
     inside = False
@@ -23,10 +29,10 @@ def text(program: Program) -> str:
         if node.no_grad != inside:
             lines.append("  no_grad {" if node.no_grad else "  }")
             inside = node.no_grad
-        lines.append(f"{'    ' if inside else '  '}{_node(node)}")
+        lines += [f"{'    ' if inside else '  '}{line}" for line in _node(node)]
     if inside:
         lines.append("  }")
-    return "\n".join([*lines, f"  return {_value(program.output)}", "}"]) + "\n"
+    return [*lines, f"  return {_value(program.output)}", "}"]
 
 
 def _constant(c: Constant) -> str:
@@ -38,11 +44,15 @@ def short(op: str) -> str:
     return op.rpartition(".")[0]
 
 
-def _node(node: Node) -> str:
+def _node(node: Node) -> list[str]:
+    """The node's line, and its region below it."""
+    held = region_of(node)
     order = [a.name for a in find_op(node.op, node.name)._schema.arguments]
     operands: list[str] = []
     attributes: list[str] = []
     for at, (name, value) in enumerate(node.arguments):
+        if held is not None and name == held[0]:
+            continue
         if next(refs(value), None) is None:
             attributes.append(f"{name} = {_value(value)}")
         else:  # by name where an attribute or a default stands before it
@@ -52,7 +62,11 @@ def _node(node: Node) -> str:
     types = ", ".join(map(str, node.types))
     count = f":{len(node.types)}" if node.several else ""
     kind = f"({types})" if node.several else types
-    return f"%{node.name}{count} = {short(node.op)}({', '.join(operands)}){braces} : {kind}"
+    line = f"%{node.name}{count} = {short(node.op)}({', '.join(operands)}){braces} : {kind}"
+    if held is None:
+        return [line]
+    inner = _function(PROGRAMS[held[1]], held[0])
+    return [f"{line} {{", *(f"  {text}" for text in inner), "}"]
 
 
 def _value(value: Any) -> str:

@@ -45,7 +45,7 @@ def l2sp(model: nn.Module, anchor: Anchor, *, lam: float) -> Tensor:
     current = trees.parameters(model)
     require_fit(anchor, current)
     params = [current[name] for name in anchor.params]
-    centres = [c.to(p.device) for c, p in zip(anchor.params.values(), params, strict=True)]
+    centres = [trees.beside(c, p) for c, p in zip(anchor.params.values(), params, strict=True)]
     if transformed():
         penalty: Tensor = L2SP.node(params, centres, lam)
         return penalty

@@ -58,8 +58,8 @@ def si(model: nn.Module, anchor: Anchor, *, c: float) -> Tensor:
     current = trees.parameters(model)
     require_fit(anchor, current)
     params = [current[name] for name in omega]
-    centres = [anchor.params[name].to(p.device) for name, p in zip(omega, params, strict=True)]
-    importance = [w.to(p.device) for w, p in zip(omega.values(), params, strict=True)]
+    centres = [trees.beside(anchor.params[name], p) for name, p in zip(omega, params, strict=True)]
+    importance = [trees.beside(w, p) for w, p in zip(omega.values(), params, strict=True)]
     if transformed():
         penalty: Tensor = SI.node(params, centres, importance, c)
         return penalty

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tessera.ops.registry import define
+from tessera.ops.registry import define, region
 
 __all__ = [
     "DELTA_APPLY",
@@ -21,6 +21,7 @@ __all__ = [
     "KL_DIVERGENCE",
     "L2SP",
     "LWF",
+    "MAML_STEP",
     "PARAMETER",
     "RECENCY_WEIGHTED",
     "SI",
@@ -96,6 +97,27 @@ def _parameter(value: Tensor, name: str, anchor: str) -> Tensor:
     return value.view_as(value)
 
 
+def _maml_step(
+    params: list[Tensor],
+    batch: list[Tensor],
+    gradients: str,
+    steps: int,
+    lr: float,
+    create_graph: bool,
+) -> list[Tensor]:
+    """``theta <- theta - lr g(theta, batch)``, `steps` times; g is the region `gradients`.
+
+    g is plain operations, so what is differentiated here is differentiated again outside.
+    """
+    g = region(gradients)
+    for _ in range(steps):
+        found = g([*params, *batch])
+        if not create_graph:
+            found = [d.detach() for d in found]
+        params = [p - lr * d for p, d in zip(params, found, strict=True)]
+    return params if steps else [p.view_as(p) for p in params]
+
+
 EWC = define(
     "ewc(Tensor[] params, Tensor[] centres, Tensor[] fisher, float lam, float constant) -> Tensor",
     _ewc,
@@ -113,3 +135,9 @@ DELTA_APPLY = define(
     _delta_apply,
 )
 PARAMETER = define("parameter(Tensor(a) value, str name, str anchor) -> Tensor(a)", _parameter)
+MAML_STEP = define(
+    "maml_step(Tensor[] params, Tensor[] batch, str gradients, int steps, float lr, "
+    "bool create_graph) -> Tensor[]",
+    _maml_step,
+    region="gradients",
+)

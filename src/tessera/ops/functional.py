@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tessera.errors import InputError
-from tessera.ops.firstclass import KL_DIVERGENCE
+from tessera.ops.firstclass import DELTA_APPLY, KL_DIVERGENCE, PARAMETER
 
-__all__ = ["concat", "cross_entropy", "kl_divergence", "log_softmax", "softmax"]
+__all__ = [
+    "concat",
+    "cross_entropy",
+    "delta_apply",
+    "kl_divergence",
+    "log_softmax",
+    "parameter",
+    "softmax",
+]
 
 
 def concat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -120,3 +128,68 @@ def kl_divergence(log_p: Tensor, q: Tensor) -> Tensor:
         )
     divergence: Tensor = KL_DIVERGENCE(log_p, q)
     return divergence
+
+
+def delta_apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """``x W^T + b + scale (x A^T) B^T``: a linear layer under a low-rank delta.
+
+    Args:
+        x: [n, ..., in].
+        weight: [out, in], the base's.
+        bias: [out] or None, the base's.
+        A: [r, in], or [n, r, in] for a delta of its own for every row.
+        B: [out, r], or [n, out, r].
+        scale: alpha / r.
+
+    Returns:
+        [n, ..., out]. Gradients reach all five.
+
+    Raises:
+        InputError: The shapes do not fit.
+
+    Source:
+        Hu et al. 2022, eq. 3 (arXiv:2106.09685).
+
+    Example:
+        >>> x, W, A, B = torch.ones(1, 2), torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
+        >>> delta_apply(x, W, None, A, B, 0.5).tolist()
+        [[2.0, 2.0]]
+    """
+    (out, wide), rows = weight.shape, A.shape[:-2]
+    rank = A.shape[-2] if A.dim() > 1 else 0
+    if (
+        A.shape != (*rows, rank, wide)
+        or B.shape != (*rows, out, rank)
+        or rows
+        not in (
+            (),
+            x.shape[:1],
+        )
+    ):
+        raise InputError(
+            f"delta_apply needs, for weight [{out}, {wide}], A [r, {wide}] and B [{out}, r], or "
+            f"one of each for every row of x; got x {tuple(x.shape)}, A {tuple(A.shape)}, "
+            f"B {tuple(B.shape)}"
+        )
+    changed: Tensor = DELTA_APPLY(x, weight, bias, A, B, float(scale))
+    return changed
+
+
+def parameter(value: Tensor, name: str, *, anchor: str = "") -> Tensor:
+    """The same tensor, marked in a captured step as the parameter `name`, kept by `anchor`.
+
+    Args:
+        value: Any tensor. The result is a view of it: no copy, and gradients pass through.
+        name: As in ``model.named_parameters()``.
+        anchor: Name of the anchor that holds what the parameter was; "" for none.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> parameter(w, "head.weight", anchor="task1").sum().backward()
+        >>> w.grad.tolist()
+        [1.0, 1.0]
+    """
+    marked: Tensor = PARAMETER(value, name, anchor)
+    return marked

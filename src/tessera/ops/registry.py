@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["OPS", "Op", "define", "transformed"]
+from tessera.errors import GraphError
+
+__all__ = ["OPS", "REGIONS", "Op", "define", "region", "transformed"]
 
 _LIBRARY = torch.library.Library("tessera", "DEF")  # type: ignore[no-untyped-call]
 
@@ -27,6 +30,7 @@ class Op:
         name: As in ``torch.ops.tessera.<name>``.
         schema: PyTorch's schema, arguments and result.
         body: The plain math; the op is by definition equal to it.
+        region: The argument that names a graph the op holds, as MLIR's regions; None for none.
 
     Example:
         >>> OPS["l2sp"].schema
@@ -36,6 +40,7 @@ class Op:
     name: str
     schema: str
     body: Callable[..., Any]
+    region: str | None = None
 
     def node(self, *args: Any) -> Any:
         """Call the op itself, so that a tracer records one node."""
@@ -47,15 +52,30 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+REGIONS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}  # by content hash
 
 
-def define(schema: str, body: Callable[..., Any]) -> Op:
+def region(name: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The graph of that name as a function of tensors, for the body of an op that holds one.
+
+    Example:
+        >>> region("none")
+        Traceback (most recent call last):
+        tessera.errors.GraphError: no region 'none' is known here; make it with tg.gradient_region
+    """
+    if name not in REGIONS:
+        raise GraphError(f"no region {name!r} is known here; make it with tg.gradient_region")
+    return REGIONS[name]
+
+
+def define(schema: str, body: Callable[..., Any], *, region: str | None = None) -> Op:
     """Register an op; see docs/guide/ir.md, "add an op".
 
     Args:
         schema: ``name(Tensor x, float lam) -> Tensor``; no defaults (PyTorch leaves out arguments
             equal to them, and the body would miss them).
         body: Pure, differentiable torch operations; no data-dependent control flow.
+        region: The str argument that names a graph the op holds, if it holds one.
 
     Example:
         >>> define("double_(Tensor x) -> Tensor", lambda x: 2 * x)  # doctest: +SKIP
@@ -64,7 +84,7 @@ def define(schema: str, body: Callable[..., Any]) -> Op:
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
         _LIBRARY.impl(name, body, key)  # type: ignore[no-untyped-call]
-    OPS[name] = Op(name=name, schema=schema, body=body)
+    OPS[name] = Op(name=name, schema=schema, body=body, region=region)
     return OPS[name]
 
 
