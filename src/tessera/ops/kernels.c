@@ -3,6 +3,7 @@
  * Compiled with -ffp-contract=off: every operation of the pulls rounds as it does in PyTorch's sub,
  * mul and add, so gradients have the same bits whether or not this file could be compiled.
  */
+#include <math.h>
 #include <stdint.h>
 
 /* grad += w (theta - c), for each of `count` tensors */
@@ -30,6 +31,35 @@ void tessera_sgd_pulls(const float *const *grad, float *const *theta, const floa
             p[i] = __builtin_fmaf(-lr, pulled, p[i]);
         }
     }
+}
+
+/* Adam's step on grad + w (theta - c), rounding where PyTorch's fused Adam does: in vectors of eight
+ * the mean of squares is added up in one order, in what is left over in the other. */
+static void adam(const float *restrict g, float *restrict p, const float *restrict c,
+                 const float *restrict w, float *restrict m, float *restrict v, int64_t n,
+                 float rate, float root, float one_beta1, float beta2, float one_beta2, float eps)
+{
+    int64_t even = n / 8 * 8;
+    for (int64_t i = 0; i < n; i++) {
+        float pulled = g[i] + w[i] * (p[i] - c[i]);
+        m[i] = __builtin_fmaf(one_beta1, pulled - m[i], m[i]);
+        float squared = one_beta2 * pulled;
+        v[i] = i < even ? __builtin_fmaf(squared, pulled, v[i] * beta2)
+                        : __builtin_fmaf(v[i], beta2, squared * pulled);
+        p[i] -= rate * m[i] / (sqrtf(v[i]) / root + eps);
+    }
+}
+
+/* For each of `count` tensors; rate = lr / (1 - beta1^t), root = sqrt(1 - beta2^t). */
+void tessera_adam_pulls(const float *const *grad, float *const *theta, const float *const *c,
+                        const float *const *w, const int64_t *n, int64_t count,
+                        float *const *mean, float *const *square, const float *rate,
+                        const float *root, float one_beta1, float beta2, float one_beta2,
+                        float eps)
+{
+    for (int64_t t = 0; t < count; t++)
+        adam(grad[t], theta[t], c[t], w[t], mean[t], square[t], n[t], rate[t], root[t], one_beta1,
+             beta2, one_beta2, eps);
 }
 
 /* out = w (theta - c); returns sum w (theta - c)^2: 16 float lanes over 1024 elements, doubles

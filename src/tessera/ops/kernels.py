@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -19,12 +20,12 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["add_pulls", "available", "project", "pulls", "sgd_pulls"]
+__all__ = ["AdamState", "adam_pulls", "add_pulls", "available", "project", "pulls", "sgd_pulls"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
@@ -111,6 +112,67 @@ def sgd_pulls(
     return True
 
 
+class AdamState(NamedTuple):
+    """What Adam knows of each parameter, and its settings.
+
+    Attributes:
+        means: Of the gradient.
+        squares: Of the squared gradient.
+        steps: 0-d, how many have been taken before this one.
+        lr: Learning rate.
+        betas: Decays of the two means.
+        eps: Added to the denominator.
+    """
+
+    means: Sequence[Tensor]
+    squares: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+
+def adam_pulls(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    centres: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    state: AdamState,
+) -> bool:
+    """Adam's step on ``grad + w (theta - c)`` in one pass, if the kernel takes these.
+
+    Returns:
+        False where nothing was done: `add_pulls` and the optimizer's own step do the same.
+
+    Example:
+        >>> x = torch.zeros(1, dtype=torch.float16)  # the kernel takes float32 alone
+        >>> adam_pulls([x], [x], [x], [x], AdamState([x], [x], [x], 0.1, (0.9, 0.999), 1e-8))
+        False
+    """
+    kernel = _kernel(params, centres, weights)
+    if kernel is None or not _LOADER.rounds_as_adam or torch.get_num_threads() > 1:
+        return False  # each of PyTorch's threads has an end of its own that rounds otherwise
+    if not all(map(_plain, (*grads, *state.means, *state.squares))):
+        return False
+    torch._foreach_add_(list(state.steps), 1)
+    _run_adam(kernel, grads, params, centres, weights, state)
+    return True
+
+
+def _run_adam(kernel: ctypes.CDLL, *given: Any) -> None:
+    """Call the kernel; the steps are counted already."""
+    *lists, state = given
+    (beta1, beta2), floats = state.betas, ctypes.c_float * len(state.steps)
+    counts = [t.item() for t in state.steps]
+    rates = floats(*[state.lr / (1 - beta1**t) for t in counts])
+    roots = floats(*[math.sqrt(1 - beta2**t) for t in counts])
+    kernel.tessera_adam_pulls(
+        *_arrays(*lists),
+        *(_pointers(state.means), _pointers(state.squares), rates, roots),
+        *(1 - beta1, beta2, 1 - beta2, state.eps),
+    )
+
+
 def project(
     weight: tuple[Tensor, Tensor], bias: tuple[Tensor, Tensor] | None, directions: Tensor
 ) -> bool:
@@ -153,8 +215,12 @@ def project(
 def _arrays(*lists: Sequence[Tensor]) -> tuple[Any, ...]:
     """Four arrays of pointers, one of sizes, and the count, as the kernel takes them."""
     count = len(lists[0])
-    pointers = [(ctypes.c_void_p * count)(*[t.data_ptr() for t in tensors]) for tensors in lists]
+    pointers = map(_pointers, lists)
     return *pointers, (ctypes.c_int64 * count)(*[t.numel() for t in lists[0]]), count
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
 def available(*, wait_s: float = 0.0) -> bool:
@@ -194,7 +260,7 @@ class _Loader:
 
     def __init__(self) -> None:
         self.library: ctypes.CDLL | None = None
-        self.rounds_as_sgd = False
+        self.rounds_as_sgd = self.rounds_as_adam = False
         self.done = threading.Event()
         self._lock = threading.Lock()
         self._begun = False
@@ -214,6 +280,7 @@ class _Loader:
                 library = _load(path) if path is not None else None
                 if library is not None:
                     pulls_agree, self.rounds_as_sgd = _has_pytorchs_bits(library)
+                    self.rounds_as_adam = _has_adams_bits(library)
                     self.library = library if pulls_agree else None
         except (OSError, subprocess.SubprocessError, AttributeError):
             # No compiler, no cache, a foreign file: PyTorch goes on doing the work.
@@ -258,6 +325,12 @@ def _load(path: Path) -> ctypes.CDLL | None:
     library.tessera_sgd_pulls.restype = None
     library.tessera_project.argtypes = (*(ctypes.c_void_p,) * 6, *(ctypes.c_int64,) * 3)
     library.tessera_project.restype = None
+    library.tessera_adam_pulls.argtypes = (
+        *arrays,
+        *(ctypes.c_void_p,) * 4,
+        *(ctypes.c_float,) * 4,
+    )
+    library.tessera_adam_pulls.restype = None
     library.tessera_pulls.argtypes = arrays
     library.tessera_pulls.restype = ctypes.c_double
     return library
@@ -278,6 +351,27 @@ def _has_pytorchs_bits(library: ctypes.CDLL) -> tuple[bool, bool]:
     library.tessera_sgd_pulls(*_arrays([start], [moved], [c], [w]), 0.1)
     pulled = torch.equal(grad, expected) and torch.equal(out, (theta - c) * w)
     return pulled, torch.equal(moved, stepped.detach())
+
+
+def _has_adams_bits(library: ctypes.CDLL) -> bool:
+    """Whether Adam's steps round as PyTorch's fused ones do, here, on this processor."""
+    n = 2048
+    theta, c, w, grad = (torch.sin(torch.arange(n) * k) for k in (0.7, 1.3, 2.9, 0.1))
+    # Whole vectors, and sizes that have an end.
+    sizes = [1024, *[7] * 64, *[15] * 16, 336]
+    parts = [[t.clone() for t in x.split(sizes)] for x in (theta, c, w, grad)]
+    moved, centres, weights, grads = parts
+    means, squares = ([torch.zeros(k) for k in sizes] for _ in range(2))
+    stepped = [nn.Parameter(t.clone()) for t in moved]
+    optimizer = torch.optim.Adam(stepped, lr=0.1, betas=(0.8, 0.99), fused=True)
+    for taken in range(3):
+        for p, g, ct, wt in zip(stepped, grads, centres, weights, strict=True):
+            p.grad = g + (p.detach() - ct) * wt
+        optimizer.step()
+        steps = [torch.tensor(taken + 1.0) for _ in sizes]
+        state = AdamState(means, squares, steps, 0.1, (0.8, 0.99), 1e-8)
+        _run_adam(library, grads, moved, centres, weights, state)
+    return all(map(torch.equal, moved, [p.detach() for p in stepped]))
 
 
 _LOADER = _Loader()

@@ -13,7 +13,7 @@ from tessera.arch import Anchor
 from tessera.arch.merge import as_anchors, merged, require_strength
 from tessera.errors import AnchorError
 from tessera.graph import Transform
-from tessera.ops.kernels import add_pulls, sgd_pulls
+from tessera.ops.kernels import AdamState, adam_pulls, add_pulls, sgd_pulls
 from tessera.ops.quadratic import is_watched, report
 
 __all__ = ["consolidate"]
@@ -101,14 +101,19 @@ class _Consolidate(Transform):
         add_pulls(grads, [p.detach() for p in params], centres, weights)
 
     def take_step(self, optimizer: Optimizer) -> Sequence[nn.Parameter]:
-        """Plain SGD needs no more than the gradient and the pull, so one pass does both."""
+        """Plain SGD and Adam need no more than gradient and pull, so one pass does both."""
         rate = _plain_rate(optimizer)
-        if rate is None:
+        if rate is None and not _is_plain_adam(optimizer):
             return ()
         grads, params, centres, weights = self._terms()
         if any(map(is_watched, params)):
             return ()
-        fused = sgd_pulls(grads, [p.detach() for p in params], centres, weights, lr=rate)
+        values = [p.detach() for p in params]
+        if rate is not None:
+            fused = sgd_pulls(grads, values, centres, weights, lr=rate)
+        else:
+            state = _adam_state(optimizer, params)
+            fused = state is not None and adam_pulls(grads, values, centres, weights, state)
         return params if fused else ()
 
 
@@ -123,3 +128,31 @@ def _plain_rate(optimizer: Optimizer) -> float | None:
     )
     rate = rates.pop()
     return rate if simple and not rates and isinstance(rate, float) else None
+
+
+def _is_plain_adam(optimizer: Optimizer) -> bool:
+    """Whether it is PyTorch's fused Adam with one group of settings and nothing added to it."""
+    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
+        return False
+    group = optimizer.param_groups[0]
+    added = ("weight_decay", "amsgrad", "maximize", "capturable", "differentiable")
+    return bool(
+        group["fused"] and isinstance(group["lr"], float) and not any(group[k] for k in added)
+    )
+
+
+def _adam_state(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> AdamState | None:
+    """What the optimizer knows of the parameters; None before their first step."""
+    states = [optimizer.state.get(p) for p in params]
+    known = [s for s in states if s]
+    if len(known) < len(states):
+        return None
+    group = optimizer.param_groups[0]
+    return AdamState(
+        means=[s["exp_avg"] for s in known],
+        squares=[s["exp_avg_sq"] for s in known],
+        steps=[s["step"] for s in known],
+        lr=group["lr"],
+        betas=group["betas"],
+        eps=group["eps"],
+    )
