@@ -359,7 +359,7 @@ def _has_adams_bits(library: ctypes.CDLL) -> bool:
     theta, c, w, grad = (torch.sin(torch.arange(n) * k) for k in (0.7, 1.3, 2.9, 0.1))
     # Whole vectors, and sizes that have an end.
     sizes = [1024, *[7] * 64, *[15] * 16, 336]
-    parts = [[t.clone() for t in x.split(sizes)] for x in (theta, c, w, grad)]
+    parts = [[t.clone() for t in torch.split(x, sizes)] for x in (theta, c, w, grad)]
     moved, centres, weights, grads = parts
     means, squares = ([torch.zeros(k) for k in sizes] for _ in range(2))
     stepped = [nn.Parameter(t.clone()) for t in moved]
