@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,11 +173,12 @@ def test_the_first_step_does_not_wait_for_the_compiler(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_an_sgd_step_taken_in_one_pass_leaves_the_gradients_where_they_were() -> None:
+@pytest.mark.parametrize("kind", [tg.SGD, tg.Adam])
+def test_a_step_taken_in_one_pass_leaves_the_gradients_where_they_were(kind: Any) -> None:
     assert kernels.available(wait_s=120)
     net = nn.Linear(300, 300)
     anchor = arch.anchor_from(net, "a", data=[torch.randn(64, 300)])
-    optimizer = tg.SGD(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
+    optimizer = kind(net.parameters(), lr=1e-2, plugin=opt.consolidate(anchor, lam=10.0))
     for _ in range(2):
         optimizer.zero_grad()
         net(torch.randn(8, 300)).square().mean().backward()

@@ -143,14 +143,15 @@ def test_the_reported_loss_is_the_tasks_alone():
     del optimizer
 
 
-def test_lambda_zero_and_no_anchors_change_nothing():
-    naive = trained("sgd", "none")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_lambda_zero_and_no_anchors_change_nothing(kind):
+    naive = trained(kind, "none")
     for plugin in (opt.consolidate([], lam=1.0), "zero"):
         model = net()
         anchors = anchors_of(model, 2)
         model.task = 1
         chosen = opt.consolidate(anchors, lam=0.0) if plugin == "zero" else plugin
-        optimizer = OPTIMIZERS["sgd"](model.parameters(), chosen)
+        optimizer = OPTIMIZERS[kind](model.parameters(), chosen)
         for s in range(8):
             optimizer.zero_grad()
             x, y = rows(50 + s)

@@ -106,7 +106,7 @@ class _Consolidate(Transform):
         if rate is None and not _is_plain_adam(optimizer):
             return ()
         grads, params, centres, weights = self._terms()
-        if any(map(is_watched, params)):
+        if not params or any(map(is_watched, params)):
             return ()
         values = [p.detach() for p in params]
         if rate is not None:
