@@ -22,8 +22,8 @@ class PageHinkley:
     """Page-Hinkley's test: the sum of what exceeds the mean so far has risen by a threshold.
 
     ``m_t = alpha m_{t-1} + (x_t - mean_t - delta)``; a rise is detected when
-    ``m_t - min_s m_s > threshold``, a fall likewise with signs exchanged. After a detection the test
-    starts anew with the next value.
+    ``m_t - min_s m_s > threshold``, a fall likewise with signs exchanged. After a detection the
+    test starts anew with the next value.
 
     Args:
         min_instances: Values to see before anything is detected, >= 1.
@@ -60,7 +60,7 @@ class PageHinkley:
         _require("PageHinkley", "delta >= 0", delta, delta >= 0)
         _require("PageHinkley", "threshold > 0", threshold, threshold > 0)
         _require("PageHinkley", "alpha in (0, 1]", alpha, 0 < alpha <= 1)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "min_instances": min_instances,
             "delta": delta,
             "threshold": threshold,
@@ -175,7 +175,7 @@ class ADWIN:
         _require("ADWIN", "max_buckets >= 1", max_buckets, max_buckets >= 1)
         _require("ADWIN", "min_window_length >= 1", min_window_length, min_window_length >= 1)
         _require("ADWIN", "grace_period >= 0", grace_period, grace_period >= 0)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "delta": delta,
             "clock": clock,
             "max_buckets": max_buckets,
