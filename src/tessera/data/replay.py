@@ -1,16 +1,15 @@
-"""A replay buffer that holds an exact uniform sample of everything it has seen.
+"""A replay buffer: a bounded memory of a stream, by one of four policies.
 
-There is no random state. The item at stream position t has the key ``bits(key(seed), t)``, and the
-buffer holds the `capacity` items with the smallest keys: contents and layout are a function of
-the stream alone, however it was cut into batches and wherever it was interrupted.
+There is no random state. The item at stream position t has the key ``bits(key(seed), t)``, and a
+sample is a function of the seed and of how many words the samples before it used: contents, layout
+and samples are the same however the stream was cut into batches and wherever it was interrupted.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any, final
 
 import numpy as np
@@ -18,31 +17,41 @@ import torch
 from torch import Tensor
 
 from tessera import random
-from tessera.data.draws import UInt64s, Words
-from tessera.data.rows import Column, Index, Place, row_problem, shown
-from tessera.errors import CheckpointError, InputError, unknown_name
+from tessera.data.checks import (
+    STATE_VERSION,
+    check_batch,
+    check_slots,
+    check_state,
+    is_count,
+    require_count,
+)
+from tessera.data.draws import Words
+from tessera.data.prioritized import POLICIES, Prioritized, ReplayDraw
+from tessera.data.rows import Column, Index, shown
+from tessera.errors import InputError, unknown_name
 
 __all__ = ["ReplayBuffer"]
-
-_POLICIES = ("reservoir",)
-_STATE_VERSION = 1
-_STATE_NAMES = {
-    *("version", "policy", "capacity", "seed", "fields"),
-    *("seen", "draws", "carry", "keys", "rows"),
-}
 
 
 @final
 class ReplayBuffer:
-    """A bounded memory of a stream, in which every item seen is equally likely to be.
+    """A bounded memory of a stream.
 
-    Each of the `seen` items is held with probability ``min(1, capacity / seen)``, and all sets of
-    that size are equally likely. `add` costs O(batch + accepted * log(capacity)).
+    The policies, after `seen` rows of which `capacity` fit:
+
+    - "reservoir": every row is held with probability ``min(1, capacity / seen)``, and all sets of
+      that size are equally likely. `add` costs O(batch + accepted * log(capacity)).
+    - "class_balanced": labels, in the field "y", share the capacity as equally as their numbers
+      allow; the rows of one label are a uniform sample of that label's.
+    - "ring": the last rows.
+    - "prioritized": the last rows, drawn in proportion to priorities (`draw`).
+
+    One thread may add while others sample: each call is done as a whole.
 
     Args:
         capacity: Most rows to hold, >= 1. Memory for all of them is set aside by the first
             `add`, and the system hands it over as it fills.
-        policy: Which items stay: "reservoir".
+        policy: Which rows stay, and how they are drawn.
         seed: Of the choice of items and of the samples; the two do not influence each other.
         fields: Names of what an item consists of, in the order of `add` and `sample`.
 
@@ -52,7 +61,9 @@ class ReplayBuffer:
 
     Source:
         Vitter 1985, "Random sampling with a reservoir", ACM TOMS 11(1); as bottom-k sketch:
-        Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches", PODC.
+        Cohen & Kaplan 2007, "Summarizing data using bottom-k sketches", PODC. Class-balanced:
+        Chrysakis & Moens 2020, "Online continual learning from imbalanced data", ICML.
+        Prioritized: Schaul et al. 2016 (arXiv:1511.05952).
 
     Example:
         >>> buffer = ReplayBuffer(100, seed=0)
@@ -72,27 +83,31 @@ class ReplayBuffer:
         seed: int = 0,
         fields: Sequence[str] = ("x", "y"),
     ) -> None:
-        if policy not in _POLICIES:
-            raise unknown_name("replay policy", policy, _POLICIES)
-        if not _is_count(capacity) or capacity < 1:
+        if policy not in POLICIES:
+            raise unknown_name("replay policy", policy, POLICIES)
+        if not is_count(capacity) or capacity < 1:
             raise InputError(f"ReplayBuffer needs a whole capacity >= 1, got {capacity!r}")
         names = () if isinstance(fields, str) else tuple(fields)
         if not names or len(set(names)) < len(names):
             raise InputError(
                 f"ReplayBuffer needs different names as fields, like ('x', 'y'), got {fields!r}"
             )
+        if POLICIES[policy].needs_labels and "y" not in names:
+            raise InputError(
+                f"ReplayBuffer({policy!r}) finds the labels in the field 'y', and there is none "
+                f"among {names}; name them so"
+            )
         self._capacity = int(capacity)
-        self._policy = policy
+        self._name = policy
         self._seed = int(seed)
         self._fields = names
+        self._policy = POLICIES[policy](self._capacity, self._seed)
         self._columns: tuple[Column, ...] = ()
-        self._keys: UInt64s = np.empty(0, np.uint64)
-        self._heap: list[int] = []
         self._seen = 0
         self._draws = 0
         self._carry = 0.0
-        self._arrivals = Words(random.key(seed, "replay"))
         self._sampling = Words(random.key(seed, "sample"))
+        self._lock = threading.RLock()
 
     @property
     def capacity(self) -> int:
@@ -111,8 +126,9 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside for rows and their keys; 0 before the first `add`."""
-        return self._keys.nbytes + sum(column.store.nbytes for column in self._columns)
+        """Bytes set aside for rows and what is known of them; 0 before the first `add`."""
+        known = sum(array.nbytes for array in self._policy.slots.values())
+        return known + sum(column.store.nbytes for column in self._columns)
 
     def __len__(self) -> int:
         return min(self._seen, self._capacity)
@@ -136,32 +152,39 @@ class ReplayBuffer:
             >>> len(buffer)
             4
         """
-        self._check(values)
-        columns = self._columns or tuple(Column.like(value, self._capacity) for value in values)
-        if not self._columns:
-            self._columns, self._keys = columns, np.empty(self._capacity, np.uint64)
-        held, count = len(self), len(values[0])
-        keys = self._arrivals.read(self._seen, count)
-        free = min(count, self._capacity - held)
-        if free:
-            self._put(slice(held, held + free), values, keys, slice(0, free))
-        if free < count and (taken := self._take_over(keys, free)):
-            self._put(taken[0], values, keys, taken[1])
-        self._seen += count
+        with self._lock:
+            check_batch(values, self._fields, self._columns, labelled=self._policy.needs_labels)
+            if not self._columns:
+                self._columns = tuple(Column.like(value, self._capacity) for value in values)
+                self._policy.reserve()
+            labels = None
+            if self._policy.needs_labels:
+                labels = values[self._fields.index("y")].detach().cpu().numpy().astype(np.int64)
+            for slots, rows in self._policy.place(self._seen, len(values[0]), labels):
+                for column, value in zip(self._columns, values, strict=True):
+                    column.put(slots, value, rows)
+            self._seen += len(values[0])
 
-    def sample(self, n: int, *, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
+    def sample(
+        self, n: int, *, device: torch.device | str | None = None, exclude_last: int = 0
+    ) -> tuple[Tensor, ...]:
         """`n` different rows, every set of `n` and every order of it equally likely.
 
+        Under "prioritized" the rows are drawn one by one in proportion to their priorities, so one
+        may come more than once; `draw` gives their weights too.
+
         Args:
-            n: How many, >= 0. More than `len(self)` gives all rows, in random order.
+            n: How many, >= 0. More than there are gives all rows, in random order.
             device: Where to put them; None is the CPU.
+            exclude_last: Leave out the last so many rows added: for those who add a batch before
+                they sample beside it.
 
         Returns:
-            One tensor [min(n, len), ...] a field, in the order of `fields`. They share no memory
-            with the buffer.
+            One tensor [min(n, there are), ...] a field, in the order of `fields`. They share no
+            memory with the buffer.
 
         Raises:
-            InputError: The buffer is empty, or `n` is negative.
+            InputError: The buffer is empty, or `n` or `exclude_last` is negative.
 
         Example:
             >>> buffer = ReplayBuffer(10)
@@ -169,27 +192,111 @@ class ReplayBuffer:
             >>> x, y = buffer.sample(3)
             >>> x.shape, len(set(y.tolist()))
             (torch.Size([3, 2]), 3)
+            >>> sorted(buffer.sample(4, exclude_last=2)[1].tolist())
+            [0, 1]
         """
-        if not _is_count(n):
-            raise InputError(f"ReplayBuffer.sample needs a whole n >= 0, got {n!r}")
-        if not len(self):
-            raise InputError(
-                "ReplayBuffer.sample has nothing to draw from: add() a batch first, or call "
-                "sample_like(x), which gives zero rows as long as the buffer is empty"
-            )
-        index, self._draws = self._sampling.distinct(self._draws, min(int(n), len(self)), len(self))
-        rows = tuple(column.rows(index) for column in self._columns)
+        require_count("sample", "n", n)
+        require_count("sample", "exclude_last", exclude_last)
+        with self._lock:
+            if not len(self):
+                raise InputError(
+                    "ReplayBuffer.sample has nothing to draw from: add() a batch first, or call "
+                    "sample_like(x), which gives zero rows as long as the buffer is empty"
+                )
+            rows = self._rows(self._choose(int(n), int(exclude_last)))
         return rows if device is None else tuple(row.to(device) for row in rows)
 
-    def sample_like(self, x: Tensor, ratio: float = 1.0) -> tuple[Tensor, ...]:
+    def _rows(self, index: Index) -> tuple[Tensor, ...]:
+        return tuple(column.rows(index) for column in self._columns)
+
+    def _choose(self, n: int, exclude_last: int) -> Index:
+        """The slots of a sample."""
+        held, since = len(self), self._seen - exclude_last
+        if isinstance(self._policy, Prioritized):
+            words = self._sampling.read(self._draws, n)
+            self._draws += n
+            new = np.arange(max(since, self._seen - held), self._seen) % self._capacity
+            return self._policy.choose(words, new)
+        # Of a random order of different slots, those that are not too new are in random order.
+        wanted = min(n + min(exclude_last, held), held)
+        index, self._draws = self._sampling.distinct(self._draws, wanted, held)
+        if exclude_last:
+            index = index[self._policy.positions(index, self._seen) < since]
+        return index[:n]
+
+    def draw(self, n: int, *, beta: float = 0.4) -> ReplayDraw:
+        """`n` rows by priority, with replacement: row i with ``P_i = p_i / sum p`` each time.
+
+        Args:
+            n: How many, >= 1.
+            beta: How far the weights undo the priorities, in [0, 1]: 1 is fully.
+
+        Raises:
+            InputError: The policy is another, the buffer is empty, or an argument is out of range.
+
+        Source:
+            Schaul et al. 2016, section 3.4 (arXiv:1511.05952).
+
+        Example:
+            >>> buffer = ReplayBuffer(10, "prioritized")
+            >>> buffer.add(torch.rand(4, 2), torch.arange(4))
+            >>> (x, y), positions, weights = buffer.draw(8)
+            >>> x.shape, bool((positions == y).all()), weights.min().item()
+            (torch.Size([8, 2]), True, 1.0)
+            >>> buffer.update_priorities(positions, torch.ones(8))
+            8
+        """
+        policy = self._prioritized("draw")
+        if not is_count(n) or n < 1 or not 0 <= beta <= 1:
+            raise InputError(f"ReplayBuffer.draw needs n >= 1 and beta in [0, 1], got {n}, {beta}")
+        with self._lock:
+            if not len(self):
+                raise InputError("ReplayBuffer.draw has nothing to draw from: add() a batch first")
+            index = self._choose(int(n), 0)
+            positions, weights = policy.positions(index, self._seen), policy.weights(index, beta)
+            rows = self._rows(index)
+        return ReplayDraw(rows, torch.from_numpy(positions), torch.from_numpy(weights))
+
+    def update_priorities(self, positions: Tensor, priorities: Tensor) -> int:
+        """Set how much rows of a draw are wanted, such as ``loss ** 0.6`` of each.
+
+        A row that has left the buffer since is passed over: its slot belongs to another by now.
+
+        Args:
+            positions: int64 [n], of `draw`.
+            priorities: [n], finite and > 0.
+
+        Returns:
+            How many of them are still held.
+
+        Raises:
+            InputError: The policy is another, the shapes differ, a position was never added, or a
+                priority is not finite and > 0. Nothing was changed.
+        """
+        policy = self._prioritized("update_priorities")
+        with self._lock:
+            return policy.prioritize(positions, priorities, self._seen)
+
+    def _prioritized(self, who: str) -> Prioritized:
+        if not isinstance(self._policy, Prioritized):
+            raise InputError(
+                f"ReplayBuffer.{who} is for the policy 'prioritized', this one is {self._name!r}"
+            )
+        return self._policy
+
+    def sample_like(
+        self, x: Tensor, ratio: float = 1.0, *, exclude_last: int = 0
+    ) -> tuple[Tensor, ...]:
         """Rows to train on beside a new batch: ``len(x) * ratio`` of them on average.
 
         What a call rounds away is carried to the next, so a ratio of 0.25 with batches of one
-        gives one row in every four calls. Call it before `add`, else the new batch may come back.
+        gives one row in every four calls. Call it before `add`, else the new batch may come back;
+        or after `add` with ``exclude_last=len(x)``.
 
         Args:
             x: The new batch's first field, [n, ...].
             ratio: Replayed rows a new row, finite and >= 0.
+            exclude_last: As for `sample`.
 
         Returns:
             As `sample`, on x's device; a floating first field is cast to x's dtype if that is
@@ -208,19 +315,21 @@ class ReplayBuffer:
         """
         if not isinstance(x, Tensor) or x.ndim < 1:
             raise InputError(f"ReplayBuffer.sample_like needs a batch x [n, ...], got {shown(x)}")
-        wanted = self._carry + len(x) * ratio
-        if not (math.isfinite(wanted) and ratio >= 0):
-            raise InputError(f"ReplayBuffer.sample_like needs a finite ratio >= 0, got {ratio}")
-        # The slack lets 10 x 0.1 be one row, though the sum falls short of 1 in binary.
-        n = math.floor(wanted + 1e-9)
-        self._carry = wanted - n
-        if len(self):
-            first, *others = self.sample(min(n, len(self)))
-        elif self._columns:
-            first, *others = (column.rows(slice(0, 0)) for column in self._columns)
-        else:
-            first = x.new_empty((0, *x.shape[1:]))
-            others = [torch.empty(0, dtype=torch.int64) for _ in self._fields[1:]]
+        require_count("sample_like", "exclude_last", exclude_last)
+        with self._lock:
+            wanted = self._carry + len(x) * ratio
+            if not (math.isfinite(wanted) and ratio >= 0):
+                raise InputError(f"ReplayBuffer.sample_like needs a finite ratio >= 0, got {ratio}")
+            # The slack lets 10 x 0.1 be one row, though the sum falls short of 1 in binary.
+            n = math.floor(wanted + 1e-9)
+            self._carry = wanted - n
+            if len(self):
+                first, *others = self._rows(self._choose(min(n, len(self)), int(exclude_last)))
+            elif self._columns:
+                first, *others = (column.rows(slice(0, 0)) for column in self._columns)
+            else:
+                first = x.new_empty((0, *x.shape[1:]))
+                others = [torch.empty(0, dtype=torch.int64) for _ in self._fields[1:]]
         floating = first.is_floating_point() and x.is_floating_point()
         first = first.to(x.device, x.dtype if floating else first.dtype)
         return (first, *(other.to(x.device) for other in others))
@@ -236,16 +345,18 @@ class ReplayBuffer:
             >>> bool((other.sample(2)[1] == buffer.sample(2)[1]).all())
             True
         """
-        held = slice(0, len(self))
-        pairs = zip(self._fields, self._columns, strict=False)
-        return {
-            **self._settings(),
-            "seen": self._seen,
-            "draws": self._draws,
-            "carry": self._carry,
-            "keys": torch.from_numpy(self._keys[held].view(np.int64).copy()),
-            "rows": {name: column.rows(held) for name, column in pairs},
-        }
+        with self._lock:
+            held = len(self)
+            pairs = zip(self._fields, self._columns, strict=False)
+            return {
+                **self._settings(),
+                "seen": self._seen,
+                "draws": self._draws,
+                "carry": self._carry,
+                "slots": self._policy.known(held),
+                "rule": self._policy.rule(),
+                "rows": {name: column.rows(slice(0, held)) for name, column in pairs},
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` gave, replacing all that is held.
@@ -256,120 +367,32 @@ class ReplayBuffer:
         Raises:
             CheckpointError: The state is damaged or of another buffer; this one is unchanged.
         """
-        _check_state(state, self._settings())
-        held = min(state["seen"], self._capacity)
+        check_state(state, self._settings())
+        seen = int(state["seen"])
+        held = min(seen, self._capacity)
+        policy = POLICIES[self._name](self._capacity, self._seed)
+        check_slots(state["slots"], policy, held)
+        policy.check(state["slots"], state["rule"], seen)
         rows = [state["rows"][name] for name in self._fields] if state["rows"] else []
         columns = tuple(Column.like(row, self._capacity) for row in rows)
         for column, row in zip(columns, rows, strict=True):
             column.put(slice(0, held), row, slice(0, held))
-        keys = np.empty(self._capacity if columns else 0, np.uint64)
-        keys[:held] = state["keys"].cpu().numpy().view(np.uint64)
-        self._columns, self._keys, self._heap = columns, keys, []
-        self._seen, self._draws = int(state["seen"]), int(state["draws"])
-        self._carry = float(state["carry"])
+        if columns:
+            policy.load(state["slots"], state["rule"], seen)
+        with self._lock:
+            self._columns, self._policy, self._seen = columns, policy, seen
+            self._draws, self._carry = int(state["draws"]), float(state["carry"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
+        other = ReplayBuffer(self._capacity, self._name, seed=self._seed, fields=self._fields)
+        other.load_state_dict(self.state_dict())
+        return other
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "version": _STATE_VERSION,
-            "policy": self._policy,
+            "version": STATE_VERSION,
+            "policy": self._name,
             "capacity": self._capacity,
             "seed": self._seed,
             "fields": list(self._fields),
         }
-
-    def _check(self, values: tuple[Tensor, ...]) -> None:
-        if len(values) != len(self._fields):
-            raise self._refusal(
-                f"needs {len(self._fields)} tensors, got {len(values)}; "
-                "other names are given by ReplayBuffer(..., fields=(...))"
-            )
-        for name, value in zip(self._fields, values, strict=True):
-            if problem := row_problem(value):
-                raise self._refusal(f"cannot keep {name}: it {problem}")
-            if len(value) != len(values[0]):
-                sizes = ", ".join(str(len(value)) for value in values)
-                raise self._refusal(f"needs as many rows in each, got {sizes}")
-        for name, value, column in zip(self._fields, values, self._columns, strict=False):
-            if value.dtype != column.dtype or value.shape[1:] != column.row_shape:
-                raise self._refusal(
-                    f"got {name} {shown(value)}, but the buffer holds rows of {column.dtype} "
-                    f"{list(column.row_shape)} since its first add; convert it, or start another"
-                )
-
-    def _refusal(self, why: str) -> InputError:
-        return InputError(f"ReplayBuffer.add({', '.join(self._fields)}) {why}")
-
-    def _put(self, slots: Place, values: tuple[Tensor, ...], keys: UInt64s, source: Place) -> None:
-        for column, value in zip(self._columns, values, strict=True):
-            column.put(slots, value, source)
-        self._keys[slots] = keys[source]
-
-    def _take_over(self, keys: UInt64s, first: int) -> tuple[Index, Index] | None:
-        """The slots that rows `first`, `first + 1`, ... take over, and the row each ends with.
-
-        One at a time, as the stream came: a row with a smaller key than the largest held takes
-        that one's slot, and the next row meets the new largest. Each slot is named once, with
-        its last row, so the rows can be written in any order.
-        """
-        width = self._capacity.bit_length()
-        if not self._heap:
-            # heapq puts the smallest on top, we need the largest key there: invert the bits.
-            # Packing the slot below them makes an entry one integer; keys never tie.
-            inverse = (~self._keys).tolist()
-            self._heap = [key << width | slot for slot, key in enumerate(inverse)]
-            heapq.heapify(self._heap)
-        heap, slot_bits = self._heap, (1 << width) - 1
-        inverted = ~keys[first:]
-        hopeful = np.flatnonzero(inverted > heap[0] >> width)
-        if not len(hopeful):
-            return None
-        winners: dict[int, int] = {}
-        for row, key in zip(hopeful.tolist(), inverted[hopeful].tolist(), strict=True):
-            entry = key << width
-            if entry > heap[0]:  # The top has risen since `hopeful` was computed.
-                slot = heap[0] & slot_bits
-                heapq.heapreplace(heap, entry | slot)
-                winners[slot] = first + row
-        count = len(winners)
-        return np.fromiter(winners, np.intp, count), np.fromiter(winners.values(), np.intp, count)
-
-
-def _is_count(value: object) -> bool:
-    # Below 2**62: beyond it a position would not fit numpy's integers.
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 62
-
-
-def _check_state(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping) or set(state) != _STATE_NAMES:
-        got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-        raise CheckpointError(
-            f"a replay state has the entries {sorted(_STATE_NAMES)}, got {got}; "
-            "give what ReplayBuffer.state_dict() returned"
-        )
-    for name, own in settings.items():
-        saved = list(state[name]) if isinstance(state[name], tuple) else state[name]
-        if type(saved) is not type(own) or saved != own:
-            raise CheckpointError(
-                f"this replay state was saved with {name}={saved!r}, the buffer that loads it has "
-                f"{name}={own!r}; build the ReplayBuffer as the saved one was"
-            )
-    seen, draws, carry = state["seen"], state["draws"], state["carry"]
-    if not _is_count(seen) or not _is_count(draws):
-        raise CheckpointError(f"damaged replay state: seen={seen!r}, draws={draws!r}")
-    if not isinstance(carry, (int, float)) or not -1e-6 < carry < 1:
-        raise CheckpointError(f"damaged replay state: carry={carry!r} is not in [0, 1)")
-    held, keys, rows = min(seen, settings["capacity"]), state["keys"], state["rows"]
-    if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or keys.shape != (held,):
-        raise CheckpointError(
-            f"damaged replay state: keys must be int64 [{held}], got {shown(keys)}"
-        )
-    if len(np.unique(keys.cpu().numpy())) < held:
-        raise CheckpointError("damaged replay state: two rows have the same key")
-    if not isinstance(rows, Mapping) or ((rows or held) and set(rows) != set(settings["fields"])):
-        raise CheckpointError(f"damaged replay state: rows must hold {settings['fields']}")
-    for name, value in rows.items():
-        problem = row_problem(value)
-        if problem is None and len(value) != held:
-            problem = f"has {len(value)} rows, the buffer held {held}"
-        if problem:
-            raise CheckpointError(f"damaged replay state: {name} {problem}")
