@@ -241,7 +241,7 @@ def test_bad_updates_and_draws_say_what_is_wrong() -> None:
         lambda b: b.draw(1),
         lambda b: b.update_priorities(torch.arange(1), torch.ones(1)),
     ):
-        with pytest.raises(InputError, match="is for the policy 'prioritized', this one is 'ring'"):
+        with pytest.raises(InputError, match="is for 'prioritized', this one is 'ring'"):
             call(filled("ring", 4))
     with pytest.raises(InputError, match="finds the labels in the field 'y'"):
         ReplayBuffer(4, "class_balanced", fields=("x", "label"))

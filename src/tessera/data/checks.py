@@ -18,8 +18,10 @@ __all__ = [
     "check_batch",
     "check_slots",
     "check_state",
+    "checked_fields",
     "is_count",
     "require_count",
+    "require_rows",
 ]
 
 STATE_VERSION = 2
@@ -38,6 +40,40 @@ def is_count(value: object) -> bool:
     """
     # Below 2**62: beyond it a position would not fit numpy's integers.
     return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 62
+
+
+def checked_fields(capacity: object, fields: Sequence[str], *, labelled: bool) -> tuple[str, ...]:
+    """The names of a buffer's fields.
+
+    Raises:
+        InputError: They, or the capacity, are out of range.
+    """
+    if not is_count(capacity) or capacity == 0:
+        raise InputError(f"ReplayBuffer needs a whole capacity >= 1, got {capacity!r}")
+    names = () if isinstance(fields, str) else tuple(fields)
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"ReplayBuffer needs different names as fields, like ('x', 'y'), got {fields!r}"
+        )
+    if labelled and "y" not in names:
+        raise InputError(
+            "ReplayBuffer('class_balanced') finds the labels in the field 'y', and there is none "
+            f"among {names}; name them so"
+        )
+    return names
+
+
+def require_rows(who: str, held: int) -> None:
+    """Refuse to draw from an empty buffer.
+
+    Raises:
+        InputError: It is empty.
+    """
+    if not held:
+        raise InputError(
+            f"ReplayBuffer.{who} has nothing to draw from: add() a batch first, or call "
+            "sample_like(x), which gives zero rows as long as the buffer is empty"
+        )
 
 
 def check_batch(

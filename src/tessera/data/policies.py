@@ -101,6 +101,7 @@ class Reservoir(Policy):
     def __init__(self, capacity: int, seed: int) -> None:
         super().__init__(capacity, seed)
         self._heap: list[int] = []
+        self._origins: dict[int, int] = {}  # seed -> rows, of the streams merged into this one
 
     def reserve(self) -> None:
         """Allocate `slots`."""
@@ -163,6 +164,17 @@ class Reservoir(Policy):
         """Refuse what no run gives."""
         super().check(slots, rule, seen)
         _check_keys(slots["keys"])
+        if sum(rule["origins"].values()) > seen:
+            raise CheckpointError("damaged replay state: its shards have more rows than were seen")
+
+    def load(self, slots: Mapping[str, Tensor], rule: Mapping[str, Any], seen: int) -> None:
+        """Take over checked values."""
+        super().load(slots, rule, seen)
+        self._origins = {int(seed): int(n) for seed, n in rule["origins"].items()}
+
+    def rule(self) -> dict[str, Any]:
+        """Seed -> rows, of each stream merged into this one."""
+        return {"origins": dict(self._origins)}
 
 
 @final

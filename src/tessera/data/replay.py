@@ -1,8 +1,7 @@
 """A replay buffer: a bounded memory of a stream, by one of four policies.
 
-There is no random state. The item at stream position t has the key ``bits(key(seed), t)``, and a
-sample is a function of the seed and of how many words the samples before it used: contents, layout
-and samples are the same however the stream was cut into batches and wherever it was interrupted.
+There is no random state. The item at stream position t has the key ``bits(key(seed), t)``, and
+samples count the words they use: all is the same wherever the stream was cut or interrupted.
 """
 
 from __future__ import annotations
@@ -17,15 +16,9 @@ import torch
 from torch import Tensor
 
 from tessera import random
-from tessera.data.checks import (
-    STATE_VERSION,
-    check_batch,
-    check_slots,
-    check_state,
-    is_count,
-    require_count,
-)
+from tessera.data import checks
 from tessera.data.draws import Words
+from tessera.data.merge import merged_state
 from tessera.data.prioritized import POLICIES, Prioritized, ReplayDraw
 from tessera.data.rows import Column, Index, shown
 from tessera.errors import InputError, unknown_name
@@ -85,18 +78,8 @@ class ReplayBuffer:
     ) -> None:
         if policy not in POLICIES:
             raise unknown_name("replay policy", policy, POLICIES)
-        if not is_count(capacity) or capacity < 1:
-            raise InputError(f"ReplayBuffer needs a whole capacity >= 1, got {capacity!r}")
-        names = () if isinstance(fields, str) else tuple(fields)
-        if not names or len(set(names)) < len(names):
-            raise InputError(
-                f"ReplayBuffer needs different names as fields, like ('x', 'y'), got {fields!r}"
-            )
-        if POLICIES[policy].needs_labels and "y" not in names:
-            raise InputError(
-                f"ReplayBuffer({policy!r}) finds the labels in the field 'y', and there is none "
-                f"among {names}; name them so"
-            )
+        labelled = POLICIES[policy].needs_labels
+        names = checks.checked_fields(capacity, fields, labelled=labelled)
         self._capacity = int(capacity)
         self._name = policy
         self._seed = int(seed)
@@ -153,12 +136,13 @@ class ReplayBuffer:
             4
         """
         with self._lock:
-            check_batch(values, self._fields, self._columns, labelled=self._policy.needs_labels)
+            labelled = self._policy.needs_labels
+            checks.check_batch(values, self._fields, self._columns, labelled=labelled)
             if not self._columns:
                 self._columns = tuple(Column.like(value, self._capacity) for value in values)
                 self._policy.reserve()
             labels = None
-            if self._policy.needs_labels:
+            if labelled:
                 labels = values[self._fields.index("y")].detach().cpu().numpy().astype(np.int64)
             for slots, rows in self._policy.place(self._seen, len(values[0]), labels):
                 for column, value in zip(self._columns, values, strict=True):
@@ -195,14 +179,10 @@ class ReplayBuffer:
             >>> sorted(buffer.sample(4, exclude_last=2)[1].tolist())
             [0, 1]
         """
-        require_count("sample", "n", n)
-        require_count("sample", "exclude_last", exclude_last)
+        checks.require_count("sample", "n", n)
+        checks.require_count("sample", "exclude_last", exclude_last)
         with self._lock:
-            if not len(self):
-                raise InputError(
-                    "ReplayBuffer.sample has nothing to draw from: add() a batch first, or call "
-                    "sample_like(x), which gives zero rows as long as the buffer is empty"
-                )
+            checks.require_rows("sample", len(self))
             rows = self._rows(self._choose(int(n), int(exclude_last)))
         return rows if device is None else tuple(row.to(device) for row in rows)
 
@@ -247,11 +227,10 @@ class ReplayBuffer:
             8
         """
         policy = self._prioritized("draw")
-        if not is_count(n) or n < 1 or not 0 <= beta <= 1:
+        if not checks.is_count(n) or n < 1 or not 0 <= beta <= 1:
             raise InputError(f"ReplayBuffer.draw needs n >= 1 and beta in [0, 1], got {n}, {beta}")
         with self._lock:
-            if not len(self):
-                raise InputError("ReplayBuffer.draw has nothing to draw from: add() a batch first")
+            checks.require_rows("draw", len(self))
             index = self._choose(int(n), 0)
             positions, weights = policy.positions(index, self._seen), policy.weights(index, beta)
             rows = self._rows(index)
@@ -278,11 +257,9 @@ class ReplayBuffer:
             return policy.prioritize(positions, priorities, self._seen)
 
     def _prioritized(self, who: str) -> Prioritized:
-        if not isinstance(self._policy, Prioritized):
-            raise InputError(
-                f"ReplayBuffer.{who} is for the policy 'prioritized', this one is {self._name!r}"
-            )
-        return self._policy
+        if isinstance(self._policy, Prioritized):
+            return self._policy
+        raise InputError(f"ReplayBuffer.{who} is for 'prioritized', this one is {self._name!r}")
 
     def sample_like(
         self, x: Tensor, ratio: float = 1.0, *, exclude_last: int = 0
@@ -315,7 +292,7 @@ class ReplayBuffer:
         """
         if not isinstance(x, Tensor) or x.ndim < 1:
             raise InputError(f"ReplayBuffer.sample_like needs a batch x [n, ...], got {shown(x)}")
-        require_count("sample_like", "exclude_last", exclude_last)
+        checks.require_count("sample_like", "exclude_last", exclude_last)
         with self._lock:
             wanted = self._carry + len(x) * ratio
             if not (math.isfinite(wanted) and ratio >= 0):
@@ -367,11 +344,11 @@ class ReplayBuffer:
         Raises:
             CheckpointError: The state is damaged or of another buffer; this one is unchanged.
         """
-        check_state(state, self._settings())
+        checks.check_state(state, self._settings())
         seen = int(state["seen"])
         held = min(seen, self._capacity)
         policy = POLICIES[self._name](self._capacity, self._seed)
-        check_slots(state["slots"], policy, held)
+        checks.check_slots(state["slots"], policy, held)
         policy.check(state["slots"], state["rule"], seen)
         rows = [state["rows"][name] for name in self._fields] if state["rows"] else []
         columns = tuple(Column.like(row, self._capacity) for row in rows)
@@ -383,6 +360,31 @@ class ReplayBuffer:
             self._columns, self._policy, self._seen = columns, policy, seen
             self._draws, self._carry = int(state["draws"]), float(state["carry"])
 
+    @staticmethod
+    def merge(buffers: Sequence[ReplayBuffer]) -> ReplayBuffer:
+        """The reservoir one buffer would hold that had seen all these streams.
+
+        Exact; a shard met twice counts once. The result may go on adding, and be merged again.
+
+        Args:
+            buffers: Reservoirs with one capacity and the same fields, each with a seed of its own.
+
+        Raises:
+            InputError: There are none, or they do not fit; the message says how.
+
+        Example:
+            >>> shards = [ReplayBuffer(10, seed=rank) for rank in range(2)]
+            >>> for rank, shard in enumerate(shards):
+            ...     shard.add(torch.rand(30, 2), torch.full((30,), rank))
+            >>> both = ReplayBuffer.merge(shards)
+            >>> len(both), both.seen
+            (10, 60)
+        """
+        state = merged_state([buffer.state_dict() for buffer in buffers])
+        whole = ReplayBuffer(state["capacity"], seed=state["seed"], fields=state["fields"])
+        whole.load_state_dict(state)
+        return whole
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
         other = ReplayBuffer(self._capacity, self._name, seed=self._seed, fields=self._fields)
         other.load_state_dict(self.state_dict())
@@ -390,7 +392,7 @@ class ReplayBuffer:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "version": STATE_VERSION,
+            "version": checks.STATE_VERSION,
             "policy": self._name,
             "capacity": self._capacity,
             "seed": self._seed,
