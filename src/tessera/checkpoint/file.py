@@ -8,21 +8,17 @@ checksum of all the rest of the header.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import secrets
 import stat
 import struct
-import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter
-from pathlib import Path
-from typing import Any
+from io import BufferedReader
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tessera.errors import CheckpointError, MissingDataError, StorageError
+from tessera.files import write_whole
 
 __all__ = ["DTYPES", "MAX_HEADER_BYTES", "VERSION", "read", "write"]
 
@@ -61,7 +58,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _METADATA = {"format", "version", "tree", "crc32", "header_crc32"}
 _CHUNK_BYTES = 1 << 20  # fits a cache: the checksum reads what the disk just wrote
-_ABANDONED_S = 3600.0
 _MAX_DIMS = 64
 
 
@@ -94,7 +90,7 @@ def write(path: str | os.PathLike[str], tree: Any, tensors: Mapping[str, Tensor]
             f"{os.fspath(path)} may hold {MAX_HEADER_BYTES:,}; turn long lists into tensors"
         )
 
-    def fill(file: BufferedWriter) -> None:
+    def fill(file: BinaryIO) -> None:
         # One pass: the checksums are known once the tensors have gone by, so the header, whose
         # length does not depend on them, is written last.
         file.seek(room)
@@ -103,7 +99,7 @@ def write(path: str | os.PathLike[str], tree: Any, tensors: Mapping[str, Tensor]
         file.seek(0)
         file.write(_header(nodes, layout, checksums))
 
-    _replace(path, fill)
+    write_whole(path, fill)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
@@ -188,7 +184,7 @@ def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
     return flat
 
 
-def _write_tensor(file: BufferedWriter, tensor: Tensor) -> int:
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> int:
     raw = _bytes_of(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
     checksum = 0
     for at in range(0, len(raw), _CHUNK_BYTES):
@@ -196,59 +192,6 @@ def _write_tensor(file: BufferedWriter, tensor: Tensor) -> int:
         checksum = zlib.crc32(chunk, checksum)
         file.write(chunk)
     return checksum
-
-
-def _replace(path: str | os.PathLike[str], fill: Callable[[BufferedWriter], None]) -> None:
-    """Let `fill` write a temporary file next to `path`, then put it there in one step."""
-    target = Path(os.path.realpath(path))  # replace what a link points to, not the link
-    # Short and of our own making: the target's name plus a suffix may be too long for the disk.
-    prefix = f".tessera-{zlib.crc32(os.fsencode(target.name)):08x}-"
-    temporary = target.parent / f"{prefix}{secrets.token_hex(8)}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent, prefix)
-        # A private checkpoint stays private when it is saved again.
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666
-        try:
-            with open(temporary, "xb", opener=lambda p, flags: os.open(p, flags, mode)) as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"could not write {os.fspath(path)}: {error.strerror}. What stood there is unchanged; "
-            "make room or give another path"
-        ) from error
-    _sync_directory(target.parent, path)
-
-
-def _sweep(directory: Path, prefix: str) -> None:
-    """Remove what a killed process left; a living one keeps touching its temporary file."""
-    with contextlib.suppress(OSError):
-        for leftover in directory.glob(f"{prefix}*.tmp"):
-            if time.time() - leftover.stat().st_mtime > _ABANDONED_S:
-                leftover.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path, path: str | os.PathLike[str]) -> None:
-    """Make the new name survive a power cut, not only the new bytes."""
-    if os.name != "posix":  # Windows cannot open a directory
-        return
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(
-            f"{os.fspath(path)} was written, but its directory could not be flushed to the disk "
-            f"({error.strerror}): it may not survive a power cut. Save it again"
-        ) from error
 
 
 # -- reading ----------------------------------------------------------------------------------

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
-import tempfile
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import tessera.report
 from tessera import recipes
 from tessera.cli.show import Watch, show_results
-from tessera.errors import InputError, StorageError
+from tessera.errors import InputError
+from tessera.files import write_whole
 
 __all__ = ["add_to"]
 
@@ -152,17 +150,5 @@ def _resume_command(args: argparse.Namespace) -> str:
 
 def _write_json(path: str, result: dict[str, Any]) -> None:
     """Whole or not at all."""
-    target = Path(path)
-    temporary = ""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, suffix=".tmp", delete=False
-        ) as f:
-            temporary = f.name
-            json.dump(result, f, indent=1, allow_nan=False)
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise StorageError(f"--json {path} cannot be written: {error}") from error
+    text = json.dumps(result, indent=1, allow_nan=False)
+    write_whole(path, text.encode(), advice="Make room or give --json another path")

@@ -6,13 +6,10 @@ the graph and the tensors' bytes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 import stat
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -21,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tessera import trees
-from tessera.errors import GraphError, MissingDataError, StorageError
+from tessera.errors import GraphError, MissingDataError
+from tessera.files import write_whole
 from tessera.graph.ir import Constant, Node, Program, Ref, TensorType, check, region_of
 from tessera.graph.regions import register
 from tessera.graph.text import PROGRAMS
@@ -50,29 +48,7 @@ def write(path: str | os.PathLike[str], program: Program) -> None:
         data = safetensors.torch.save(tensors, metadata)
     except (ValueError, KeyError, RuntimeError) as error:
         raise GraphError(f"a constant of @{program.name} cannot be saved: {error}") from error
-    target = Path(os.path.realpath(path))
-    temporary = target.parent / f".tessera-{secrets.token_hex(8)}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # the new name must survive a power cut too
-            descriptor = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        raise StorageError(
-            f"could not write {os.fspath(path)}: {error.strerror}; make room or give another path"
-        ) from error
+    write_whole(path, data)
 
 
 def read(path: str | os.PathLike[str]) -> Program:

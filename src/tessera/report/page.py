@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import re
-import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tessera.errors import StorageError
+from tessera.files import write_whole
 from tessera.report.chart import Line, Span, line_chart
 from tessera.report.curves import mean_lines, task_lines, task_spans
 from tessera.report.heatmap import heat_map, legend
@@ -20,6 +18,10 @@ from tessera.report.style import CSS
 from tessera.report.svg import escape, percent, tag
 
 __all__ = ["write"]
+
+_ADVICE = (
+    "Choose a folder that can be written to, or make room in it, and call report.write again"
+)
 
 _COLUMNS = (
     (
@@ -82,40 +84,8 @@ def write(results: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) 
     page = _page(parse(results))
     path = pathlib.Path(folder) / "index.html"
     # A lone surrogate, legal in JSON, cannot be encoded: it becomes "?" rather than an error.
-    _replace(path, page.encode("utf-8", errors="replace"))
+    write_whole(path, page.encode("utf-8", errors="replace"), advice=_ADVICE)
     return path
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"report.write could not write {path} ({error.strerror or error}); a report that was "
-            "there is unchanged. Choose a folder that can be written to, or make room in it, and "
-            "call it again"
-        ) from error
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    # The page is in place; should this fail, a power cut may still bring back the older one.
-    # Windows cannot open a folder.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _page(results: Sequence[Result]) -> str:
