@@ -19,9 +19,7 @@ from tessera.report.svg import escape, percent, tag
 
 __all__ = ["write"]
 
-_ADVICE = (
-    "Choose a folder that can be written to, or make room in it, and call report.write again"
-)
+_ADVICE = "Choose a folder that can be written to, or make room in it, and call report.write again"
 
 _COLUMNS = (
     (
