@@ -619,6 +619,7 @@ def no_global_random(sources: Sources) -> Iterator[Finding]:
             last = last or _last(node.func)
             moves = (
                 called in ("torch.manual_seed", "torch.seed", "torch.random.manual_seed")
+                or called == "torch.default_generator.manual_seed"
                 or (module == "torch" and last in DRAWS and not named)
                 or (isinstance(node.func, ast.Attribute) and last in DRAWS_IN_PLACE and not named)
                 or (module == "numpy.random" and last not in SEEDED_NUMPY)
@@ -792,6 +793,7 @@ PLANTED: list[tuple[str, dict[str, str]]] = [
     ("no_global_random", {"data/x.py": "import torch\ntorch.empty(3).normal_()"}),
     ("no_global_random", {"data/x.py": "import numpy as np\nnp.random.rand(3)"}),
     ("no_global_random", {"data/x.py": "import torch\ntorch.manual_seed(0)"}),
+    ("no_global_random", {"x.py": "import torch\ntorch.default_generator.manual_seed(0)"}),
 ]
 
 # Breaks no rule, though it comes close to most.

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import sys
 from dataclasses import fields, replace
 from typing import Any
 
 import tessera.report
 from tessera import recipes
+from tessera.cli import online
+from tessera.cli.outcome import interrupted, words, write_json
 from tessera.cli.show import Watch, show_results
 from tessera.errors import InputError
-from tessera.files import write_whole
 
 __all__ = ["add_to"]
 
@@ -25,6 +24,8 @@ _EXAMPLES = """examples:
   tessera learn --recipe my_recipe.py                # a file with def recipe(run): ...
   tessera learn --checkpoint run1                    # Ctrl-C or kill -9 it, then:
   tessera learn --checkpoint run1 --resume           # ends with the very same weights
+  tessera learn --online --report out                # test, then learn: a stream that drifts
+  tessera learn --online --stream rows.npz --classes 7 --budget-ms 5
 """
 
 
@@ -64,6 +65,7 @@ def add_to(commands: Any) -> None:
         metavar="FRACTION",
         help="measure on this share of the training rows, not on the test set",
     )
+    online.add_options(parser)
     keep = parser.add_argument_group("what to keep")
     keep.add_argument("--checkpoint", metavar="DIR", help="save the run here as it goes")
     keep.add_argument(
@@ -79,8 +81,7 @@ def add_to(commands: Any) -> None:
         "--compare",
         nargs="*",
         metavar="RECIPE",
-        default=["finetune", "joint"],
-        help="also run these; none given: no comparison; default: finetune joint",
+        help="also run these; none given: no comparison; default: finetune joint, online: steady",
     )
     keep.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=_run)
@@ -89,8 +90,12 @@ def add_to(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.checkpoint_every is not None and args.checkpoint_every < 1:
         raise InputError(f"--checkpoint-every must be >= 1, got {args.checkpoint_every}")
+    if args.online:
+        return online.run(args)
+    online.refuse_options(args)
     settings = _settings(args)
-    for name in args.compare:
+    compare = ["finetune", "joint"] if args.compare is None else args.compare
+    for name in compare:
         recipes.find_recipe(name)
     watch = Watch(quiet=args.quiet)
     try:
@@ -103,18 +108,16 @@ def _run(args: argparse.Namespace) -> int:
                 watch=watch.update,
             )
     except KeyboardInterrupt:
-        hint = f"; go on with: {_resume_command(args)}" if args.checkpoint else ""
-        print(f"\ntessera: interrupted{hint}", file=sys.stderr)
-        return 130
+        return interrupted(args)
     main["settings"]["command"] = "tessera " + shlex.join(["learn", *_words(settings)])
     results = [main]
-    for name in args.compare:
+    for name in compare:
         if name != settings.recipe:
             with watch.showing(name):
                 other = replace(settings, recipe=name, lam=None)
                 results.append(recipes.learn(other, watch=watch.update))
     if args.json:
-        _write_json(args.json, {**main, "baselines": results[1:]})
+        write_json(args.json, {**main, "baselines": results[1:]})
     page = tessera.report.write(results, args.report) if args.report else None
     if not args.quiet:
         show_results(results, page=page, checkpoint=args.checkpoint, json_file=args.json)
@@ -134,21 +137,4 @@ def _settings(args: argparse.Namespace) -> recipes.Settings:
 
 def _words(settings: recipes.Settings) -> list[str]:
     """The options that reproduce these settings."""
-    words: list[str] = []
-    default = recipes.Settings()
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if value != getattr(default, f.name) or f.name in ("recipe", "stream", "scenario", "seed"):
-            option = {"num_tasks": "tasks"}.get(f.name, f.name).replace("_", "-")
-            words += [f"--{option}", str(value)]
-    return words
-
-
-def _resume_command(args: argparse.Namespace) -> str:
-    return f"tessera learn --checkpoint {shlex.quote(args.checkpoint)} --resume"
-
-
-def _write_json(path: str, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    text = json.dumps(result, indent=1, allow_nan=False)
-    write_whole(path, text.encode(), advice="Make room or give --json another path")
+    return words(settings, recipes.Settings(), ("recipe", "stream", "scenario", "seed"))

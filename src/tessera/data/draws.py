@@ -67,6 +67,12 @@ class Words:
         # The first n different values of independent uniform draws favour no set and no order.
         # Words from the last multiple of `size` on would favour small indices: skip them.
         last = (1 << 64) // size * size - 1
+        count = n * 5 // 4 + 4
+        words = self.read(start, count)[:n]
+        if n and words.max() <= last:
+            index = words % size
+            if len(set(index.tolist())) == n:  # as good as always, in a large store
+                return index.view(np.intp), start + count
         drawn: dict[int, None] = {}
         while len(drawn) < n:
             count = (n - len(drawn)) * 5 // 4 + 4

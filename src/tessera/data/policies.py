@@ -64,6 +64,10 @@ class Policy(abc.ABC):
         arrays = self.slots if held else self._empty()
         return {n: torch.from_numpy(a[:held].view(np.int64).copy()) for n, a in arrays.items()}
 
+    def at(self, index: Index) -> dict[str, npt.NDArray[Any]]:
+        """What is known of the slots `index`."""
+        return {name: array[index] for name, array in self.slots.items()}
+
     def _empty(self) -> dict[str, npt.NDArray[Any]]:
         other = type(self)(1, 0)
         other.reserve()

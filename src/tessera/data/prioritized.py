@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
@@ -75,11 +76,13 @@ class Prioritized(Policy):
     def choose(self, words: UInt64s, without: Index) -> Index:
         """A slot for each random word, in proportion to the priorities, never one of `without`."""
         kept = self.sums.get(without)
-        self.sums.put(without, 0.0)
+        if len(without):
+            self.sums.put(without, 0.0)
         total = self.sums.total
         chances = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
         chosen = self.sums.find(chances * total) if total > 0 else np.empty(0, np.intp)
-        self.sums.put(without, kept)
+        if len(without):
+            self.sums.put(without, kept)
         return chosen
 
     def weights(self, index: Index, beta: float) -> Doubles:
@@ -94,8 +97,10 @@ class Prioritized(Policy):
         Raises:
             InputError: As `ReplayBuffer.update_priorities`.
         """
-        given = priorities.detach().double().cpu().numpy()
-        where = positions.detach().cpu().numpy()
+        single = priorities.dtype is torch.float32  # which numpy widens in less time
+        given = (priorities if single else priorities.double()).numpy(force=True)
+        given = given.astype(np.float64, copy=False)
+        where = positions.numpy(force=True)
         who = "ReplayBuffer.update_priorities"
         if given.ndim != 1 or where.shape != given.shape or where.dtype != np.int64:
             raise InputError(
@@ -104,26 +109,28 @@ class Prioritized(Policy):
             )
         if not len(given):
             return 0
-        if not (np.isfinite(given).all() and given.min() > 0):
-            raise InputError(
-                f"{who} needs finite priorities > 0; add a small number, as in loss + 1e-6 (the "
-                f"smallest is {given.min()}, the largest {given.max()})"
-            )
-        if where.min() < 0 or where.max() >= seen:
+        count, largest = self.sums.put_ring(where, given, seen, self.capacity)
+        if count < 0:
+            low, high = given.min(), given.max()
+            if not (low > 0 and high < math.inf):
+                raise InputError(
+                    f"{who} needs finite priorities > 0; add a small number, as in loss + 1e-6 "
+                    f"(the smallest is {low}, the largest {high})"
+                )
             raise InputError(
                 f"{who}: positions lie in 0 .. {seen - 1}, got {where.min()} .. {where.max()}; "
                 "give those of draw()"
             )
-        fresh = where >= seen - self.capacity
-        # Of a row named twice, the last counts.
-        slots, last = np.unique((where[fresh] % self.capacity)[::-1], return_index=True)
-        self.sums.put(slots, given[fresh][::-1][last])
-        self._largest = max(self._largest, float(given.max()))
-        return int(fresh.sum())
+        self._largest = max(self._largest, largest)
+        return count
 
     def known(self, held: int) -> dict[str, Tensor]:
         """The priorities of the first `held` slots."""
         return {"priorities": torch.from_numpy(self.sums.get(np.arange(held)).copy())}
+
+    def at(self, index: Index) -> dict[str, Doubles]:
+        """The priorities of the slots `index`."""
+        return {"priorities": self.sums.get(index)}
 
     def rule(self) -> dict[str, Any]:
         """The largest priority ever given."""

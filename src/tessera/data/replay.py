@@ -6,21 +6,21 @@ samples count the words they use: all is the same wherever the stream was cut or
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from contextlib import AbstractContextManager
+from typing import Any, Self, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import random
 from tessera.data import checks
-from tessera.data.draws import Words
+from tessera.data.durable import Durable
+from tessera.data.memory import Memory, Volatile
 from tessera.data.merge import merged_state
 from tessera.data.prioritized import POLICIES, Prioritized, ReplayDraw
-from tessera.data.rows import Column, Index, shown
+from tessera.data.rows import shown
 from tessera.errors import InputError, unknown_name
 
 __all__ = ["ReplayBuffer"]
@@ -47,10 +47,15 @@ class ReplayBuffer:
         policy: Which rows stay, and how they are drawn.
         seed: Of the choice of items and of the samples; the two do not influence each other.
         fields: Names of what an item consists of, in the order of `add` and `sample`.
+        path: A folder, made if missing, that holds all of it too: a batch is in it when `add`
+            returns, and a buffer built again with this path, after `close` or a crash, goes on bit
+            for bit from `seen`. None keeps it in memory only.
 
     Raises:
         UnknownNameError: No such policy.
         InputError: `capacity` or `fields` is out of range.
+        CheckpointError: The folder is damaged, of other settings, or no replay store.
+        StorageError: It cannot be written, or has a writer already.
 
     Source:
         Vitter 1985, "Random sampling with a reservoir", ACM TOMS 11(1); as bottom-k sketch:
@@ -75,46 +80,46 @@ class ReplayBuffer:
         *,
         seed: int = 0,
         fields: Sequence[str] = ("x", "y"),
+        path: str | os.PathLike[str] | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise unknown_name("replay policy", policy, POLICIES)
         labelled = POLICIES[policy].needs_labels
         names = checks.checked_fields(capacity, fields, labelled=labelled)
-        self._capacity = int(capacity)
-        self._name = policy
-        self._seed = int(seed)
-        self._fields = names
-        self._policy = POLICIES[policy](self._capacity, self._seed)
-        self._columns: tuple[Column, ...] = ()
-        self._seen = 0
-        self._draws = 0
-        self._carry = 0.0
-        self._sampling = Words(random.key(seed, "sample"))
-        self._lock = threading.RLock()
+        self._settings = {
+            "version": checks.STATE_VERSION,
+            "policy": policy,
+            "capacity": int(capacity),
+            "seed": int(seed),
+            "fields": list(names),
+        }
+        self._lock: AbstractContextManager[object] = threading.RLock()
+        self._keeper: Volatile | Durable = (
+            Volatile(Memory(self._settings)) if path is None else Durable(path, self._settings)
+        )
 
     @property
     def capacity(self) -> int:
         """Most rows it holds."""
-        return self._capacity
+        return self._keeper.memory.capacity
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of what an item consists of, in the order of `add` and `sample`."""
-        return self._fields
+        return self._keeper.memory.fields
 
     @property
     def seen(self) -> int:
         """How many rows were ever added."""
-        return self._seen
+        return self._keeper.memory.seen
 
     @property
     def nbytes(self) -> int:
         """Bytes set aside for rows and what is known of them; 0 before the first `add`."""
-        known = sum(array.nbytes for array in self._policy.slots.values())
-        return known + sum(column.store.nbytes for column in self._columns)
+        return self._keeper.memory.nbytes
 
     def __len__(self) -> int:
-        return min(self._seen, self._capacity)
+        return self._keeper.memory.held
 
     def add(self, *values: Tensor) -> None:
         """Show the buffer a batch; it copies the rows that it keeps.
@@ -128,6 +133,8 @@ class ReplayBuffer:
         Raises:
             InputError: Another number of fields, dtype or row shape, different n, NaN or
                 infinity. The buffer is unchanged.
+            StorageError: With `path`: the folder could not take it, because the disk is full
+                perhaps. The buffer is as it was; add the batch again when there is room.
 
         Example:
             >>> buffer = ReplayBuffer(10)
@@ -136,18 +143,10 @@ class ReplayBuffer:
             4
         """
         with self._lock:
-            labelled = self._policy.needs_labels
-            checks.check_batch(values, self._fields, self._columns, labelled=labelled)
-            if not self._columns:
-                self._columns = tuple(Column.like(value, self._capacity) for value in values)
-                self._policy.reserve()
-            labels = None
-            if labelled:
-                labels = values[self._fields.index("y")].detach().cpu().numpy().astype(np.int64)
-            for slots, rows in self._policy.place(self._seen, len(values[0]), labels):
-                for column, value in zip(self._columns, values, strict=True):
-                    column.put(slots, value, rows)
-            self._seen += len(values[0])
+            memory = self._keeper.memory
+            labelled = memory.policy.needs_labels
+            checks.check_batch(values, memory.fields, memory.columns, labelled=labelled)
+            self._keeper.put(values)
 
     def sample(
         self, n: int, *, device: torch.device | str | None = None, exclude_last: int = 0
@@ -183,26 +182,9 @@ class ReplayBuffer:
         checks.require_count("sample", "exclude_last", exclude_last)
         with self._lock:
             checks.require_rows("sample", len(self))
-            rows = self._rows(self._choose(int(n), int(exclude_last)))
+            memory = self._keeper.memory
+            rows = memory.rows(memory.choose(int(n), int(exclude_last)))
         return rows if device is None else tuple(row.to(device) for row in rows)
-
-    def _rows(self, index: Index) -> tuple[Tensor, ...]:
-        return tuple(column.rows(index) for column in self._columns)
-
-    def _choose(self, n: int, exclude_last: int) -> Index:
-        """The slots of a sample."""
-        held, since = len(self), self._seen - exclude_last
-        if isinstance(self._policy, Prioritized):
-            words = self._sampling.read(self._draws, n)
-            self._draws += n
-            new = np.arange(max(since, self._seen - held), self._seen) % self._capacity
-            return self._policy.choose(words, new)
-        # Of a random order of different slots, those that are not too new are in random order.
-        wanted = min(n + min(exclude_last, held), held)
-        index, self._draws = self._sampling.distinct(self._draws, wanted, held)
-        if exclude_last:
-            index = index[self._policy.positions(index, self._seen) < since]
-        return index[:n]
 
     def draw(self, n: int, *, beta: float = 0.4) -> ReplayDraw:
         """`n` rows by priority, with replacement: row i with ``P_i = p_i / sum p`` each time.
@@ -226,20 +208,22 @@ class ReplayBuffer:
             >>> buffer.update_priorities(positions, torch.ones(8))
             8
         """
-        policy = self._prioritized("draw")
+        self._prioritized("draw")
         if not checks.is_count(n) or n < 1 or not 0 <= beta <= 1:
             raise InputError(f"ReplayBuffer.draw needs n >= 1 and beta in [0, 1], got {n}, {beta}")
         with self._lock:
             checks.require_rows("draw", len(self))
-            index = self._choose(int(n), 0)
-            positions, weights = policy.positions(index, self._seen), policy.weights(index, beta)
-            rows = self._rows(index)
+            policy, memory = self._prioritized("draw"), self._keeper.memory
+            index = memory.choose(int(n), 0)
+            positions, weights = policy.positions(index, memory.seen), policy.weights(index, beta)
+            rows = memory.rows(index)
         return ReplayDraw(rows, torch.from_numpy(positions), torch.from_numpy(weights))
 
     def update_priorities(self, positions: Tensor, priorities: Tensor) -> int:
         """Set how much rows of a draw are wanted, such as ``loss ** 0.6`` of each.
 
         A row that has left the buffer since is passed over: its slot belongs to another by now.
+        With `path`, the next `add`, `flush` or `close` records it.
 
         Args:
             positions: int64 [n], of `draw`.
@@ -252,14 +236,16 @@ class ReplayBuffer:
             InputError: The policy is another, the shapes differ, a position was never added, or a
                 priority is not finite and > 0. Nothing was changed.
         """
-        policy = self._prioritized("update_priorities")
         with self._lock:
-            return policy.prioritize(positions, priorities, self._seen)
+            self._prioritized("update_priorities")
+            return self._keeper.prioritize(positions, priorities)
 
     def _prioritized(self, who: str) -> Prioritized:
-        if isinstance(self._policy, Prioritized):
-            return self._policy
-        raise InputError(f"ReplayBuffer.{who} is for 'prioritized', this one is {self._name!r}")
+        policy = self._keeper.memory.policy
+        if isinstance(policy, Prioritized):
+            return policy
+        name = self._settings["policy"]
+        raise InputError(f"ReplayBuffer.{who} is for 'prioritized', this one is {name!r}")
 
     def sample_like(
         self, x: Tensor, ratio: float = 1.0, *, exclude_last: int = 0
@@ -294,19 +280,15 @@ class ReplayBuffer:
             raise InputError(f"ReplayBuffer.sample_like needs a batch x [n, ...], got {shown(x)}")
         checks.require_count("sample_like", "exclude_last", exclude_last)
         with self._lock:
-            wanted = self._carry + len(x) * ratio
-            if not (math.isfinite(wanted) and ratio >= 0):
-                raise InputError(f"ReplayBuffer.sample_like needs a finite ratio >= 0, got {ratio}")
-            # The slack lets 10 x 0.1 be one row, though the sum falls short of 1 in binary.
-            n = math.floor(wanted + 1e-9)
-            self._carry = wanted - n
-            if len(self):
-                first, *others = self._rows(self._choose(min(n, len(self)), int(exclude_last)))
-            elif self._columns:
-                first, *others = (column.rows(slice(0, 0)) for column in self._columns)
+            memory = self._keeper.memory
+            n = min(memory.share(len(x), ratio), memory.held)
+            if memory.held:
+                first, *others = memory.rows(memory.choose(n, int(exclude_last)))
+            elif memory.columns:
+                first, *others = memory.rows(slice(0, 0))
             else:
                 first = x.new_empty((0, *x.shape[1:]))
-                others = [torch.empty(0, dtype=torch.int64) for _ in self._fields[1:]]
+                others = [torch.empty(0, dtype=torch.int64) for _ in memory.fields[1:]]
         floating = first.is_floating_point() and x.is_floating_point()
         first = first.to(x.device, x.dtype if floating else first.dtype)
         return (first, *(other.to(x.device) for other in others))
@@ -323,17 +305,7 @@ class ReplayBuffer:
             True
         """
         with self._lock:
-            held = len(self)
-            pairs = zip(self._fields, self._columns, strict=False)
-            return {
-                **self._settings(),
-                "seen": self._seen,
-                "draws": self._draws,
-                "carry": self._carry,
-                "slots": self._policy.known(held),
-                "rule": self._policy.rule(),
-                "rows": {name: column.rows(slice(0, held)) for name, column in pairs},
-            }
+            return self._keeper.memory.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state that `state_dict` gave, replacing all that is held.
@@ -344,21 +316,41 @@ class ReplayBuffer:
         Raises:
             CheckpointError: The state is damaged or of another buffer; this one is unchanged.
         """
-        checks.check_state(state, self._settings())
-        seen = int(state["seen"])
-        held = min(seen, self._capacity)
-        policy = POLICIES[self._name](self._capacity, self._seed)
-        checks.check_slots(state["slots"], policy, held)
-        policy.check(state["slots"], state["rule"], seen)
-        rows = [state["rows"][name] for name in self._fields] if state["rows"] else []
-        columns = tuple(Column.like(row, self._capacity) for row in rows)
-        for column, row in zip(columns, rows, strict=True):
-            column.put(slice(0, held), row, slice(0, held))
-        if columns:
-            policy.load(state["slots"], state["rule"], seen)
+        memory = Memory.of(state, self._settings)
         with self._lock:
-            self._columns, self._policy, self._seen = columns, policy, seen
-            self._draws, self._carry = int(state["draws"]), float(state["carry"])
+            self._keeper.replace(memory)
+
+    def clear(self) -> None:
+        """Hold nothing, as when it was built: for a world that is gone."""
+        with self._lock:
+            self._keeper.replace(Memory(self._settings))
+
+    def flush(self) -> None:
+        """Have the disk hold, with `path`, what was added so far: for power cuts.
+
+        Raises:
+            StorageError: It could not. What was added is there as long as the machine is.
+        """
+        with self._lock:
+            self._keeper.flush()
+
+    def close(self) -> None:
+        """Flush, and let another process write to the folder; only `len` and `seen` remain.
+
+        Raises:
+            StorageError: It could not be flushed; it is closed nevertheless.
+        """
+        if isinstance(self._lock, _Shut):
+            return
+        with self._lock:
+            self._lock = _Shut()
+            self._keeper.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @staticmethod
     def merge(buffers: Sequence[ReplayBuffer]) -> ReplayBuffer:
@@ -386,15 +378,20 @@ class ReplayBuffer:
         return whole
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplayBuffer:
-        other = ReplayBuffer(self._capacity, self._name, seed=self._seed, fields=self._fields)
-        other.load_state_dict(self.state_dict())
+        state = self.state_dict()
+        other = ReplayBuffer(
+            state["capacity"], state["policy"], seed=state["seed"], fields=state["fields"]
+        )
+        other.load_state_dict(state)
         return other
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "version": checks.STATE_VERSION,
-            "policy": self._name,
-            "capacity": self._capacity,
-            "seed": self._seed,
-            "fields": list(self._fields),
-        }
+
+@final
+class _Shut:
+    """The lock of a closed buffer: lets nobody in."""
+
+    def __enter__(self) -> None:
+        raise InputError("this ReplayBuffer was closed; build it again, with the same path")
+
+    def __exit__(self, *error: object) -> None:
+        """Never reached."""

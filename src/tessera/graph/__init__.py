@@ -4,6 +4,7 @@ from tessera.graph.capture import Graph, capture
 from tessera.graph.ir import Node
 from tessera.graph.optim import SGD, Adam, InnerSGD, Transform
 from tessera.graph.regions import gradient_region
+from tessera.graph.schedule import OnlineSchedule, current_stream
 from tessera.graph.step import no_grad, training_step
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "Graph",
     "InnerSGD",
     "Node",
+    "OnlineSchedule",
     "Transform",
     "capture",
+    "current_stream",
     "gradient_region",
     "no_grad",
     "training_step",

@@ -1,4 +1,5 @@
-/* The pull of a quadratic, w (theta - c), in one pass over memory; and a projection.
+/* The pull of a quadratic, w (theta - c), in one pass over memory; the sums that rows are drawn from
+ * by priority; and a projection.
  *
  * Compiled with -ffp-contract=off: every operation of the pulls rounds as it does in PyTorch's sub,
  * mul and add, so gradients have the same bits whether or not this file could be compiled.
@@ -96,6 +97,117 @@ double tessera_pulls(float *const *out, const float *const *theta, const float *
     for (int64_t t = 0; t < count; t++)
         total += pull(out[t], theta[t], c[t], w[t], n[t]);
     return total;
+}
+
+/* What data.priorities.BlockSums does, to the same bits. levels[0] holds weights, every level above
+ * the sums of 64 neighbours. */
+enum { BLOCK = 64 };
+
+/* The order in which numpy adds up 64 doubles. */
+static double block_sum(const double *w)
+{
+    double s[8];
+    for (int k = 0; k < 8; k++)
+        s[k] = w[k];
+    for (int i = 8; i < BLOCK; i += 8)
+        for (int k = 0; k < 8; k++)
+            s[k] += w[i + k];
+    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+}
+
+/* The sums above n of `size` places; all of a level, where they are fewer. */
+static void sum_above(double *const *levels, int64_t depth, int64_t size, const int64_t *places,
+                      int64_t n)
+{
+    for (int64_t d = 1, width = BLOCK; d < depth; d++, width *= BLOCK) {
+        int64_t done = -1, blocks = (size + width - 1) / width;
+        if (blocks <= n) {
+            for (int64_t at = 0; at < blocks; at++)
+                levels[d][at] = block_sum(levels[d - 1] + at * BLOCK);
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            int64_t at = places[i] / width;
+            if (at != done)
+                levels[d][at] = block_sum(levels[d - 1] + at * BLOCK);
+            done = at;
+        }
+    }
+}
+
+static void fetch(const double *weights, int64_t place)
+{
+    for (int64_t line = 0; line < BLOCK; line += 8)
+        __builtin_prefetch(weights + place / BLOCK * BLOCK + line);
+}
+
+/* Set the weights of n places of `size`; 0, and nothing is done, if there is no such place. */
+int64_t tessera_put_weights(double *const *levels, int64_t depth, int64_t size,
+                            const int64_t *places, const double *weights, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if ((uint64_t)places[i] >= (uint64_t)size)
+            return 0;
+    for (int64_t i = 0; i < n; i++)
+        levels[0][places[i]] = weights[i];
+    sum_above(levels, depth, size, places, n);
+    return 1;
+}
+
+/* The same for rows of a ring of `capacity`, by their stream positions; rows that have left it are
+ * passed over. How many were set, and the largest weight given; -1, and nothing is done, if a
+ * position is not below `seen` or a weight not finite and > 0. */
+int64_t tessera_put_ring(double *const *levels, int64_t depth, int64_t capacity, int64_t seen,
+                         const int64_t *positions, const double *weights, int64_t n,
+                         double *largest)
+{
+    enum { MANY = 256 };
+    int64_t oldest = seen > capacity ? seen - capacity : 0, first = oldest % capacity, count = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (positions[i] < 0 || positions[i] >= seen || !(weights[i] > 0 && weights[i] < INFINITY))
+            return -1;
+    *largest = 0;
+    for (int64_t i = 0; i < n; i++)
+        *largest = weights[i] > *largest ? weights[i] : *largest;
+    for (int64_t begin = 0; begin < n; begin += MANY) {
+        int64_t places[MANY], m = 0, end = begin + MANY < n ? begin + MANY : n;
+        for (int64_t i = begin; i < end; i++) {
+            int64_t place = positions[i] - oldest + first;
+            if (place < first)
+                continue;
+            places[m] = place < capacity ? place : place - capacity;
+            levels[0][places[m]] = weights[i];
+            fetch(levels[0], places[m++]);
+        }
+        sum_above(levels, depth, capacity, places, m);
+        count += m;
+    }
+    return count;
+}
+
+/* For each of n masses the place at which the running sum of weights exceeds it; the masses are
+ * used up. Level by level, so that the blocks of one mass come from memory during the others. */
+void tessera_find_masses(const double *const *levels, int64_t depth, double *masses,
+                         int64_t *places, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        places[i] = 0;
+    for (int64_t d = depth - 1; d >= 0; d--)
+        for (int64_t i = 0; i < n; i++) {
+            const double *block = levels[d] + places[i] * BLOCK;
+            double rest = masses[i], running = block[0];
+            int64_t k = 0;
+            while (!(running > rest) && ++k < BLOCK)
+                running += block[k];
+            if (k == BLOCK)
+                for (k = BLOCK - 1; k > 0 && !(block[k] > 0);)
+                    k--;
+            rest -= running - block[k];
+            masses[i] = rest > 0 ? rest : 0;
+            places[i] = places[i] * BLOCK + k;
+            if (d)
+                fetch(levels[d - 1], places[i] * BLOCK);
+        }
 }
 
 /* From here on a multiplication and an addition may round once: what follows is compared with

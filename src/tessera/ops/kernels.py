@@ -25,7 +25,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AdamState", "adam_pulls", "add_pulls", "available", "project", "pulls", "sgd_pulls"]
+__all__ = [
+    "AdamState",
+    "adam_pulls",
+    "add_pulls",
+    "available",
+    "library",
+    "project",
+    "pulls",
+    "sgd_pulls",
+]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
@@ -233,6 +242,18 @@ def available(*, wait_s: float = 0.0) -> bool:
     _LOADER.begin()
     _LOADER.done.wait(wait_s)
     return _LOADER.library is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """All of the kernel, None as long as there is none; the first call starts its compilation.
+
+    Example:
+        >>> library() is None or available()
+        True
+    """
+    if not _LOADER.done.is_set():
+        _LOADER.begin()
+    return _LOADER.library
 
 
 def _plain(t: Tensor) -> bool:

@@ -8,20 +8,21 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
-from tessera import checkpoint, data, random, trees
+from tessera import checkpoint, data, trees
 from tessera.errors import CheckpointError, InputError, MetricError, UnknownNameError, unknown_name
-from tessera.recipes import baselines, penalties, replay
-from tessera.recipes.run import Progress, Run
+from tessera.recipes import baselines, generative, penalties, replay
+from tessera.recipes.run import Progress, Run, reseed
 from tessera.recipes.settings import Settings
 
 __all__ = ["RECIPES", "Recipe", "find_recipe", "learn", "saved_settings"]
 
 Recipe: TypeAlias = Callable[[Run], None]
+R = TypeVar("R")
 
 RECIPES: Mapping[str, Recipe] = {
     "finetune": baselines.finetune,
@@ -34,6 +35,7 @@ RECIPES: Mapping[str, Recipe] = {
     "er": replay.er,
     "der": replay.der,
     "er+ewc": replay.er_ewc,
+    "generative": generative.generative,
 }
 
 
@@ -88,15 +90,15 @@ def learn(
     )
     settings = settings.resolved()
     place = Path(folder) if folder is not None else None
-    saved = _saved(place, settings, resume)
+    before = resumable(place, settings.to_dict(), resume)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = _build(settings, bench.input_shape, bench.num_classes)
+            model = build(settings.model, settings.seed, bench.input_shape, bench.num_classes)
             run = Run(model, bench, settings, folder=place, every=every, watch=watch)
-            if saved is not None:
-                run.restore(saved)
+            if before is not None:
+                run.restore(before)
             if not run.finished:
                 recipe(run)
     finally:
@@ -117,10 +119,19 @@ def find_recipe(name: str) -> Recipe:
         >>> find_recipe("er").__name__
         'er'
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    return named(name, RECIPES)
+
+
+def named(name: str, known: Mapping[str, Callable[[R], None]]) -> Callable[[R], None]:
+    """The function of that name, or the function ``recipe`` in that file.
+
+    Raises:
+        UnknownNameError: Neither exists, or the file has no function ``recipe``.
+    """
+    if name in known:
+        return known[name]
     if not name.endswith(".py"):
-        raise unknown_name("recipe", name, [*RECIPES, "FILE.py with def recipe(run)"])
+        raise unknown_name("recipe", name, [*known, "FILE.py with def recipe(run)"])
     if not Path(name).is_file():
         raise UnknownNameError(f"there is no recipe file {name!r}")
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
@@ -134,30 +145,36 @@ def find_recipe(name: str) -> Recipe:
             f"{name} defines no function named recipe; write: def recipe(run): ..., "
             "starting from one in tessera.recipes"
         )
-    recipe: Recipe = found
+    recipe: Callable[[R], None] = found
     return recipe
 
 
-def _build(settings: Settings, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    package, _, function = settings.model.partition(":")
+def build(name: str, seed: int, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The model that PKG:FUNC makes, with weights that are a function of the seed.
+
+    Raises:
+        UnknownNameError: No such function.
+        InputError: It makes no module, or one that does not fit.
+    """
+    package, _, function = name.partition(":")
     try:
         build = getattr(importlib.import_module(package), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownNameError(
-            f"there is no model function {settings.model!r} ({error}); name it PKG:FUNC, a "
+            f"there is no model function {name!r} ({error}); name it PKG:FUNC, a "
             "function of (input_shape, num_classes), importable from here"
         ) from error
-    torch.manual_seed(random.key(settings.seed, "init") >> 1)
+    reseed(seed, "init")
     model = build(shape, num_classes)
     if not isinstance(model, nn.Module):
-        raise InputError(f"{settings.model} returned {type(model).__name__}, not an nn.Module")
+        raise InputError(f"{name} returned {type(model).__name__}, not an nn.Module")
     model.eval()
     with torch.no_grad():
         out = model(torch.zeros(2, *shape))
     if not isinstance(out, torch.Tensor) or out.shape != (2, num_classes):
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise InputError(
-            f"{settings.model} must map [n, {', '.join(map(str, shape))}] to [n, {num_classes}] "
+            f"{name} must map [n, {', '.join(map(str, shape))}] to [n, {num_classes}] "
             f"logits; for 2 rows it gave {got}"
         )
     return model.train()
@@ -170,27 +187,41 @@ def saved_settings(folder: str | os.PathLike[str]) -> Settings | None:
         >>> saved_settings("no/such/folder") is None
         True
     """
-    state = _load(Path(folder))
+    state = saved(Path(folder))
     return Settings.from_dict((state.counters or {})["settings"]) if state is not None else None
 
 
-def _load(folder: Path) -> checkpoint.State | None:
+def saved(folder: Path, kind: str = "settings") -> checkpoint.State | None:
+    """The checkpoint in `folder`, of a run whose settings are its counter `kind`.
+
+    Raises:
+        CheckpointError: It is of another kind, or damaged.
+    """
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return None
     state = checkpoint.load(path)
     counters = state.counters
-    if not isinstance(counters, Mapping) or "settings" not in counters:
-        raise CheckpointError(f"{path} is a Tessera checkpoint, but not of `tessera learn`")
+    if not isinstance(counters, Mapping) or kind not in counters:
+        what = "`tessera learn --online`" if kind == "online" else "`tessera learn`"
+        raise CheckpointError(f"{path} is a Tessera checkpoint, but not of {what}")
     return state
 
 
-def _saved(folder: Path | None, settings: Settings, resume: bool) -> checkpoint.State | None:
+def resumable(
+    folder: Path | None, mine: Mapping[str, Any], resume: bool, *, kind: str = "settings"
+) -> checkpoint.State | None:
+    """The state to go on from, if there is one and these settings are its own.
+
+    Raises:
+        InputError: An unfinished run would be overwritten, or `resume` names no folder.
+        CheckpointError: It is of other settings, or damaged.
+    """
     if folder is None:
         if resume:
             raise InputError("resume needs the folder of the checkpoint: --checkpoint DIR")
         return None
-    state = _load(folder)
+    state = saved(folder, kind)
     if state is None:
         return None
     counters = state.counters or {}
@@ -201,7 +232,7 @@ def _saved(folder: Path | None, settings: Settings, resume: bool) -> checkpoint.
             f"{folder} holds an unfinished run (step {state.step}). Go on with it by --resume, or "
             "choose another folder"
         )
-    theirs, mine = counters["settings"], settings.to_dict()
+    theirs = counters[kind]
     differ = [
         f"{k}: {theirs[k]!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]
     ]

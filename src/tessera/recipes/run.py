@@ -43,6 +43,18 @@ def _known(name: str, value: V | None) -> V:
     return value
 
 
+def reseed(seed: int, *path: str | int) -> None:
+    """Set PyTorch's process-wide generators to the key of `path`, as dropout will draw from them.
+
+    As `torch.manual_seed` does, which takes 0.8 ms where CUDA is not in use: it notes down who
+    called, in case it will be.
+    """
+    key = random.key(seed, *path) >> 1
+    torch.default_generator.manual_seed(key)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(key)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Progress:
     """Where a run stands, for whoever shows it.
@@ -222,7 +234,7 @@ class Run:
             order = random.permutation(rows, self.seed, "order", task.id, self.epoch)
             while self._batch * size < rows:
                 index = order[self._batch * size : (self._batch + 1) * size]
-                torch.manual_seed(random.key(self.seed, "step", self.step) >> 1)
+                reseed(self.seed, "step", self.step)
                 yield Batch(task.train.x[index], task.train.y[index])
                 self._batch += 1
                 self.step += 1

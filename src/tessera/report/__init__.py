@@ -1,5 +1,6 @@
-"""One continual-learning run and its baselines as a self-contained HTML page."""
+"""A run and those beside it as a self-contained HTML page."""
 
+from tessera.report.online import write_online
 from tessera.report.page import write
 
-__all__ = ["write"]
+__all__ = ["write", "write_online"]

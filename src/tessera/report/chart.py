@@ -62,7 +62,14 @@ class _Frame(NamedTuple):
         return self.bottom - (self.bottom - self.top) * accuracy
 
 
-def line_chart(lines: Sequence[Line], spans: Sequence[Span], *, width: int, summary: str) -> str:
+def line_chart(
+    lines: Sequence[Line],
+    spans: Sequence[Span],
+    *,
+    width: int,
+    summary: str,
+    unit: str = "training step",
+) -> str:
     """Accuracy over training steps.
 
     Args:
@@ -70,6 +77,7 @@ def line_chart(lines: Sequence[Line], spans: Sequence[Span], *, width: int, summ
         spans: One per task; their ends become vertical rules.
         width: In pixels. Text keeps its size, so a phone gets its own, narrower drawing.
         summary: What the chart shows, for those who do not see it.
+        unit: What the steps are, at the axis.
 
     Returns:
         An SVG element with one polyline per line.
@@ -103,7 +111,7 @@ def line_chart(lines: Sequence[Line], spans: Sequence[Span], *, width: int, summ
             "aria-label": summary,
             "class": "chart",
         },
-        _axes(frame),
+        _axes(frame, unit),
         _rules(frame, spans),
         *(_line(frame, line) for line in lines),
         _end_labels(frame, lines, labels),
@@ -156,7 +164,7 @@ def spread(wanted: Sequence[float], *, gap: float, low: float, high: float) -> l
     return [placed[index] for index in range(len(wanted))]
 
 
-def _axes(frame: _Frame) -> str:
+def _axes(frame: _Frame, unit: str) -> str:
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = frame.y(share)
@@ -168,7 +176,7 @@ def _axes(frame: _Frame) -> str:
         x = frame.x(step)
         parts.append(_rule(x, frame.bottom, x, frame.bottom + 4, "axis-line"))
         parts.append(_text(x, frame.bottom + 18, f"{step:,}", "middle"))
-    parts.append(_text(frame.right, frame.bottom + 36, "training step", "end"))
+    parts.append(_text(frame.right, frame.bottom + 36, unit, "end"))
     return "".join(parts)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tessera.files import write_whole
-from tessera.report.chart import Line, Span, line_chart
 from tessera.report.curves import mean_lines, task_lines, task_spans
 from tessera.report.heatmap import heat_map, legend
+from tessera.report.parts import both, command_line, document, figure, scroll, section, table
 from tessera.report.result import Result, parse
-from tessera.report.style import CSS
 from tessera.report.svg import escape, percent, tag
 
 __all__ = ["write"]
@@ -88,33 +87,15 @@ def write(results: Sequence[Mapping[str, Any]], folder: str | os.PathLike[str]) 
 
 def _page(results: Sequence[Result]) -> str:
     main = results[0]
-    title = f"{main.label} on {main.stream}"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)} – Tessera report</title>",
-            f"<style>{CSS}</style>",
-            "</head>",
-            "<body>",
-            "<header>",
-            tag("h1", {}, escape(_unbroken(_headline(results)))),
-            tag("p", {"class": "lede"}, escape(_lede(main))),
-            "</header>",
-            "<main>",
-            _section("Summary", "", _summary(results)),
-            _matrices(results),
-            _over_time(results),
-            _section("Settings", "", _settings(results)),
-            _reproduce(results),
-            "</main>",
-            "</body>",
-            "</html>",
-            "",
-        ]
+    return document(
+        f"{main.label} on {main.stream}",
+        _unbroken(_headline(results)),
+        _lede(main),
+        section("Summary", "", _summary(results)),
+        _matrices(results),
+        _over_time(results),
+        section("Settings", "", _settings(results)),
+        _reproduce(results),
     )
 
 
@@ -150,15 +131,6 @@ def _lede(main: Result) -> str:
     return " ".join(parts)
 
 
-def _section(heading: str, note: str, *inside: str) -> str:
-    explained = [tag("p", {"class": "note"}, escape(note))] if note else []
-    return tag("section", {}, tag("h2", {}, escape(heading)), *explained, *inside)
-
-
-def _scroll(*inside: str) -> str:
-    return tag("div", {"class": "scroll"}, *inside)
-
-
 def _summary(results: Sequence[Result]) -> str:
     units = ("ACC", "%"), ("BWT", "points"), ("FWT", "points"), ("forgetting", "points")
     heads = [
@@ -178,14 +150,9 @@ def _summary(results: Sequence[Result]) -> str:
         name = tag("th", {"scope": "row"}, escape(result.label))
         rows.append(tag("tr", {} if index else {"class": "main"}, name, *cells))
     terms = [tag("dt", {}, name) + tag("dd", {}, escape(words)) for name, words in _COLUMNS]
-    return _scroll(_table("figures", ['<th scope="col">recipe</th>', *heads], rows)) + tag(
+    return scroll(table("figures", ['<th scope="col">recipe</th>', *heads], rows)) + tag(
         "dl", {}, *terms
     )
-
-
-def _table(kind: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    head = tag("thead", {}, tag("tr", {}, *heads))
-    return tag("table", {"class": kind}, head, tag("tbody", {}, *rows))
 
 
 def _points(value: float | None) -> str:
@@ -206,21 +173,21 @@ def _matrices(results: Sequence[Result]) -> str:
             "figure",
             {},
             tag("h3", {}, escape(result.label)),
-            _scroll(heat_map(result.rows, label=result.label)),
+            scroll(heat_map(result.rows, label=result.label)),
         )
         for result in results
         if result.sequential
     ]
     if not maps:
-        return _section("Accuracy matrix", "No result learned the tasks one by one.")
+        return section("Accuracy matrix", "No result learned the tasks one by one.")
     rest = [result.label for result in results if not result.sequential]
     if rest:
         note += f" All tasks at once, so without a matrix: {', '.join(rest)}."
-    key = _scroll(legend())
+    key = scroll(legend())
     if results[0].num_tasks > 8:
         hint = "On a narrow screen, scroll the matrix sideways to see every task."
         key += tag("p", {"class": "note narrow"}, hint)
-    return _section("Accuracy matrix", note, key, tag("div", {"class": "maps"}, *maps))
+    return section("Accuracy matrix", note, key, tag("div", {"class": "maps"}, *maps))
 
 
 def _over_time(results: Sequence[Result]) -> str:
@@ -238,10 +205,10 @@ def _over_time(results: Sequence[Result]) -> str:
                 "the tasks seen so far; dotted rules mark where one task ends and the next begins."
             )
         figures.append(
-            _figure(
+            figure(
                 main.label,
                 caption,
-                _both(tasks, spans, f"Accuracy of {main.label} on each task over training steps."),
+                both(tasks, spans, f"Accuracy of {main.label} on each task over training steps."),
             )
         )
     # A single result has its mean in the first chart already.
@@ -251,23 +218,10 @@ def _over_time(results: Sequence[Result]) -> str:
         if levels:
             caption += f" For {', '.join(levels)}, the level is the final average accuracy."
         about = "Mean accuracy over the tasks seen so far, of " + ", ".join(x.name for x in means)
-        figures.append(_figure("All results", caption, _both(means, spans, about + ".")))
+        figures.append(figure("All results", caption, both(means, spans, about + ".")))
     if not figures:
-        return _section("Accuracy over time", "No curve was recorded during training.")
-    return _section("Accuracy over time", "", *figures)
-
-
-def _figure(heading: str, caption: str, drawing: str) -> str:
-    words = tag("figcaption", {}, escape(caption))
-    return tag("figure", {}, tag("h3", {}, escape(heading)), drawing, words)
-
-
-def _both(lines: Sequence[Line], spans: Sequence[Span], summary: str) -> str:
-    """The chart for a wide page and for a phone; the style sheet shows one of them."""
-    return "".join(
-        tag("div", {"class": kind}, line_chart(lines, spans, width=width, summary=summary))
-        for kind, width in (("wide", 780), ("narrow", 368))
-    )
+        return section("Accuracy over time", "No curve was recorded during training.")
+    return section("Accuracy over time", "", *figures)
 
 
 def _settings(results: Sequence[Result]) -> str:
@@ -287,16 +241,11 @@ def _settings(results: Sequence[Result]) -> str:
         )
         for name in names
     ]
-    return _scroll(_table("settings", heads, rows))
+    return scroll(table("settings", heads, rows))
 
 
 def _value(value: object) -> str:
     return "–" if value is None else str(value)
-
-
-def _command(command: str) -> str:
-    # Browsers break a line after a hyphen, which would tear "--lr" apart.
-    return re.sub(r"\S*-\S*", r'<span class="word">\g<0></span>', escape(command))
 
 
 def _reproduce(results: Sequence[Result]) -> str:
@@ -320,6 +269,5 @@ def _reproduce(results: Sequence[Result]) -> str:
         for result in results
     ]
     # Baselines of one `learn` call share its command: show it once.
-    shown = [tag("pre", {}, tag("code", {}, _command(c))) for c in dict.fromkeys(commands)]
-    table = _scroll(_table("settings", heads, rows))
-    return _section("How to reproduce", note, *shown, table)
+    shown = [tag("pre", {}, tag("code", {}, command_line(c))) for c in dict.fromkeys(commands)]
+    return section("How to reproduce", note, *shown, scroll(table("settings", heads, rows)))
