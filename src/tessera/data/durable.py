@@ -24,11 +24,10 @@ from tessera.data.lock import Lock
 from tessera.data.memory import Memory
 from tessera.data.policies import Int64s
 from tessera.data.records import RecordWriter
-from tessera.data.replay_reader import ReplayReader
 from tessera.data.rows import Place
 from tessera.errors import CheckpointError, InputError, StorageError
 
-__all__ = ["Durable", "ReplayReader"]
+__all__ = ["Durable"]
 
 # A generation ends when it is longer than this, and than twice the rows held.
 _GENERATION_BYTES = 64 << 20

@@ -140,7 +140,7 @@ class OnlineRun:
         >>> stream = data.Stream([data.sea(100)], 1, batch_size=16)
         >>> run = OnlineRun(recipes.small_mlp((3,), 2), stream, 2, settings)
         >>> [len(batch.y) for batch in run.batches()]
-        [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 4]
+        [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 6, 7, 7, 8, 9, 10, 3]
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class OnlineRun:
         exactly as well.
         """
         while True:
-            rows = self.score.rows
+            rows = self._stream.position
             # A new learner has most to gain from learning early.
             self._stream.batch_size = min(
                 self.settings.batch_size, max(_FIRST_ROWS, rows // _GROWTH)
