@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import threading
 from collections import Counter
@@ -9,9 +10,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from tessera import random
 from tessera.data import ReplayBuffer
+from tessera.data.largest import Largest
 from tessera.data.priorities import BlockSums
 from tessera.errors import CheckpointError, InputError
 
@@ -124,6 +129,96 @@ def test_the_test_of_uniformity_can_fail() -> None:
     mine = counts[y == 0]
     p = mine.sum() / mine.size / 1500
     assert ((mine - 1500 * p) ** 2 / (1500 * p * (1 - p))).sum() / (mine.size - 1) > 100
+
+
+# --- the largest keys ------------------------------------------------------------------------
+
+WHERE = st.sampled_from(["far below", "just below", "above", "anywhere"])
+COMMANDS = st.tuples(st.sampled_from(["push", "pop", "replace"]), WHERE, st.integers(1, 60))
+
+
+def unused_key(where: str, largest: int, used: set[int], rng: np.random.Generator) -> int:
+    """A key that no slot ever had, on this side of the largest if there is one."""
+    near = {"far below": largest // 2, "just below": largest - 1, "above": largest + 1}
+    key = min(max(near.get(where, -1), -1), (1 << 64) - 1)
+    while key < 0 or key in used:
+        key = int(rng.integers(1 << 64, dtype=np.uint64))
+    return key
+
+
+@given(
+    st.integers(0, 200),
+    st.integers(1, 12),
+    st.lists(COMMANDS, max_size=12),
+    st.integers(0, 3),
+)
+@settings(max_examples=200)
+def test_the_largest_key_is_that_of_a_heap(
+    size: int, at_least: int, commands: list[tuple[str, str, int]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(1 << 64, size=size, dtype=np.uint64)
+    held = Largest(keys, np.arange(size), at_least=at_least)
+    heap = [(-key, slot) for slot, key in enumerate(keys.tolist())]
+    heapq.heapify(heap)
+    used, slots = set(keys.tolist()), size
+    for call, where, times in commands:
+        for _ in range(times):
+            if call != "push" and not heap:
+                with pytest.raises(IndexError):
+                    held.pop()
+                continue
+            key = unused_key(where, held.largest, used, rng)
+            if call == "pop":
+                assert held.pop() == heapq.heappop(heap)[1]
+            elif call == "replace":
+                slot = heap[0][1]
+                assert held.replace(key) == slot
+                heapq.heapreplace(heap, (-key, slot))
+            else:
+                held.push(key, slots)
+                heapq.heappush(heap, (-key, slots))
+                slots += 1
+            used.add(key)
+            assert held.size == len(heap)
+            assert held.largest == (-heap[0][0] if heap else -1)
+    assert [held.pop() for _ in range(held.size)] == [slot for _, slot in sorted(heap)]
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_more_rows_than_are_kept_in_order(classes: int) -> None:
+    """As a heap of all keys would place them, whether it goes on or is built again half-way."""
+    capacity, n = 9000, 60_000
+    keys = random.bits(random.key(7, "replay"), 0, n).tolist()
+    y = np.random.default_rng(0).integers(max(classes, 1), size=n).tolist()
+    slots = list(range(capacity))
+    sizes = Counter(y[:capacity])
+    heaps = {c: [(-keys[s], s) for s in slots if y[s] == c] for c in sizes}
+    for heap in heaps.values():
+        heapq.heapify(heap)
+    gave: set[int] = set()
+    for t in range(capacity, n):
+        heap = heaps[y[t]]
+        giver = heap
+        if y[t] not in gave:
+            fullest = max(heaps, key=lambda c: (len(heaps[c]), c == y[t], -c))
+            giver = heaps[fullest]
+            gave.add(fullest)
+        if giver is heap and keys[t] >= -heap[0][0]:
+            continue
+        slot = heapq.heappop(giver)[1]
+        heapq.heappush(heap, (-keys[t], slot))
+        slots[slot] = t
+
+    policy = "class_balanced" if classes else "reservoir"
+    buffer = ReplayBuffer(capacity, policy, seed=7, fields=("t", "y"))
+    for rows in torch.arange(n).split(997):
+        if 30_000 < rows[0] <= 30_997:
+            state = buffer.state_dict()
+            buffer = ReplayBuffer(capacity, policy, seed=7, fields=("t", "y"))
+            buffer.load_state_dict(state)
+        buffer.add(rows, torch.tensor(y)[rows])
+    assert held(buffer) == slots
 
 
 # --- how rows are drawn ----------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import heapq
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tessera import random
 from tessera.data.draws import UInt64s, Words
+from tessera.data.largest import Largest
 from tessera.data.rows import Index, Place
 from tessera.errors import CheckpointError
 
@@ -104,12 +104,12 @@ class Reservoir(Policy):
 
     def __init__(self, capacity: int, seed: int) -> None:
         super().__init__(capacity, seed)
-        self._heap: list[int] = []
+        self._largest: Largest | None = None  # made once the slots are full
         self._origins: dict[int, int] = {}  # seed -> rows, of the streams merged into this one
 
     def reserve(self) -> None:
         """Allocate `slots`."""
-        self._heap = []
+        self._largest = None
         self.slots = {
             "keys": np.empty(self.capacity, np.uint64),
             "positions": np.empty(self.capacity, np.int64),
@@ -142,22 +142,15 @@ class Reservoir(Policy):
         that one's slot, and the next row meets the new largest. Each slot is named once, with
         its last row, so the rows can be written in any order.
         """
-        width = self.capacity.bit_length()
-        if not self._heap:
-            self._heap = _heap(self.slots["keys"], range(self.capacity), width)
-        heap, slot_bits = self._heap, (1 << width) - 1
-        inverted = ~keys[first:]
-        hopeful = np.flatnonzero(inverted > heap[0] >> width)
-        if not len(hopeful):
-            return None
-        winners: dict[int, int] = {}
-        for row, key in zip(hopeful.tolist(), inverted[hopeful].tolist(), strict=True):
-            entry = key << width
-            if entry > heap[0]:  # The top has risen since `hopeful` was computed.
-                slot = heap[0] & slot_bits
-                heapq.heapreplace(heap, entry | slot)
-                winners[slot] = first + row
-        return _indices(winners)
+        if self._largest is None:
+            self._largest = Largest(self.slots["keys"], np.arange(self.capacity))
+        held = self._largest
+        hopeful = first + np.flatnonzero(keys[first:] < np.uint64(held.largest))
+        winners = {}
+        for row, key in zip(hopeful.tolist(), keys[hopeful].tolist(), strict=True):
+            if key < held.largest:  # It has fallen since `hopeful` was computed.
+                winners[held.replace(key)] = row
+        return _indices(winners) if winners else None
 
     def positions(self, index: Index, seen: int) -> Int64s:
         """Of the rows in the slots `index`."""
@@ -195,12 +188,12 @@ class ClassBalanced(Policy):
 
     def __init__(self, capacity: int, seed: int) -> None:
         super().__init__(capacity, seed)
-        self._heaps: dict[int, list[int]] = {}
+        self._held: dict[int, Largest] = {}  # of each label, once the slots are full
         self._seen: dict[int, int] = {}
 
     def reserve(self) -> None:
         """Allocate `slots`."""
-        self._heaps = {}
+        self._held = {}
         self.slots = {
             "keys": np.empty(self.capacity, np.uint64),
             "positions": np.empty(self.capacity, np.int64),
@@ -220,11 +213,11 @@ class ClassBalanced(Policy):
             moves.append((slice(seen, seen + free), slice(0, free)))
             self._take(*moves[0], keys, seen, labels)
         if free < count:
-            if not self._heaps:
+            if not self._held:
                 self._rebuild()
-            inverted = (~keys).tolist()
-            for row, label in enumerate(labels[free:].tolist(), start=free):
-                slot = self._slot_for(label, inverted[row])
+            arrivals = zip(labels[free:].tolist(), keys[free:].tolist(), strict=True)
+            for row, (label, key) in enumerate(arrivals, start=free):
+                slot = self._slot_for(label, key)
                 if slot is not None:
                     winners[slot] = row
         if winners:
@@ -240,32 +233,27 @@ class ClassBalanced(Policy):
         self.slots["positions"][slots] = seen + held
 
     def _rebuild(self) -> None:
-        width, labels = self.capacity.bit_length(), self.slots["labels"]
+        labels = self.slots["labels"]
         for label in np.unique(labels):
             where = np.flatnonzero(labels == label)
-            self._heaps[int(label)] = _heap(self.slots["keys"][where], where.tolist(), width)
+            self._held[int(label)] = Largest(self.slots["keys"][where], where)
 
-    def _slot_for(self, label: int, inverted_key: int) -> int | None:
+    def _slot_for(self, label: int, key: int) -> int | None:
         """The slot a full buffer gives to a new row, or None."""
-        width = self.capacity.bit_length()
-        heap = self._heaps.setdefault(label, [])
+        mine = self._held.get(label)
+        if mine is None:
+            mine = self._held[label] = Largest(np.empty(0, np.uint64), np.empty(0, np.intp))
         before = self._seen.get(label, 0)
         self._seen[label] = before + 1
-        entry = inverted_key << width
-        if before > len(heap):  # it gave rows up: it may only renew its sample
-            if not heap or entry <= heap[0]:
-                return None
-            slot = heap[0] & ((1 << width) - 1)
-            heapq.heapreplace(heap, entry | slot)
-            return slot
-        # Of several largest the label itself, else the smallest: a rule on labels alone, so that
+        if before > mine.size:  # it gave rows up: it may only renew its sample
+            return mine.replace(key) if key < mine.largest else None
+        # Of several fullest the label itself, else the smallest: a rule on labels alone, so that
         # samples stay uniform.
-        largest = max(self._heaps, key=lambda c: (len(self._heaps[c]), c == label, -c))
-        giver = self._heaps[largest]
-        if largest == label and entry <= giver[0]:
-            return None
-        slot = heapq.heappop(giver) & ((1 << width) - 1)
-        heapq.heappush(heap, entry | slot)
+        fullest = max(self._held, key=lambda c: (self._held[c].size, c == label, -c))
+        if fullest == label:
+            return mine.replace(key) if key < mine.largest else None
+        slot = self._held[fullest].pop()
+        mine.push(key, slot)
         return slot
 
     def positions(self, index: Index, seen: int) -> Int64s:
@@ -334,17 +322,6 @@ class Ring(Policy):
     def positions(self, index: Index, seen: int) -> Int64s:
         """Of the rows in the slots `index`."""
         return ring_positions(index, seen, self.capacity)
-
-
-def _heap(keys: UInt64s, slots: Any, width: int) -> list[int]:
-    """A heap with the largest key on top.
-
-    heapq puts the smallest on top: invert the bits. Packing the slot below them makes an entry one
-    integer; keys never tie.
-    """
-    heap = [key << width | slot for slot, key in zip(slots, (~keys).tolist(), strict=True)]
-    heapq.heapify(heap)
-    return heap
 
 
 def _indices(winners: Mapping[int, int]) -> tuple[Index, Index]:

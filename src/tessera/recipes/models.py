@@ -33,7 +33,7 @@ def mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
 
 
 def small_mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Two hidden layers of 64 ReLU units over standardized features: for streams of table rows.
+    """One hidden layer of 64 ReLU units over standardized features: for streams of table rows.
 
     Args:
         input_shape: Of one example; flattened.
@@ -47,8 +47,6 @@ def small_mlp(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
         nn.Flatten(),
         Standardize(math.prod(input_shape)),
         nn.Linear(math.prod(input_shape), 64),
-        nn.ReLU(),
-        nn.Linear(64, 64),
         nn.ReLU(),
         nn.Linear(64, num_classes),
     )

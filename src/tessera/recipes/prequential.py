@@ -17,7 +17,8 @@ from tessera.data import Batch
 from tessera.errors import InputError
 from tessera.metrics import Prequential
 from tessera.profiler import Budget
-from tessera.recipes.run import S, reseed
+from tessera.recipes.run import reseed
+from tessera.recipes.saving import S, Saver
 
 __all__ = ["OnlineProgress", "OnlineRun", "OnlineSettings"]
 
@@ -162,20 +163,14 @@ class OnlineRun:
         self.step = 0
         self.seconds = self.cpu_seconds = 0.0
         self.finished = False
-        self._stream, self._folder, self._every, self._watch = stream, folder, every, watch
+        self._stream, self._saver, self._watch = stream, Saver(folder, every), watch
         self._budget = Budget(ms=settings.budget_ms) if settings.budget_ms is not None else None
-        self._kept: dict[str, Any] = {}
-        self._pending: dict[str, Any] = {}
         self._loss: Tensor | None = None
         self._clock, self._cpu = time.perf_counter(), time.process_time()
-        self._saved_at, self._last_save, self._save_took = 0, self._clock, 0.0
 
     def keep(self, name: str, thing: S) -> S:
         """Save `thing` with the run, and restore it now if the run is being resumed."""
-        self._kept[name] = thing
-        if name in self._pending:
-            thing.load_state_dict(self._pending.pop(name))
-        return thing
+        return self._saver.keep(name, thing)
 
     def batches(self) -> Iterator[Batch]:
         """The batches that are left, in stream order.
@@ -196,7 +191,8 @@ class OnlineRun:
             yield Batch(_floating(batch.x), batch.y)
             if self._watch is not None:
                 self._watch(self._progress())
-            self._save_if_due()
+            if self._saver.due(self.step):
+                self._save()
         self.finished = True
         self._save()
 
@@ -240,22 +236,12 @@ class OnlineRun:
             drifts=len(self.drifts),
         )
 
-    def _save_if_due(self) -> None:
-        if self._every is not None:
-            due = self.step - self._saved_at >= self._every
-        else:
-            # Saving takes at most about a tenth of the time, however large the replay is.
-            due = time.perf_counter() - self._last_save > max(1.0, 10 * self._save_took)
-        if due:
-            self._save()
-
     def _save(self) -> None:
-        if self._folder is None:
-            return
-        begun = time.perf_counter()
+        self._saver.save(self.step, self._state)
+
+    def _state(self, kept: dict[str, Any]) -> checkpoint.State:
         self.elapsed()
-        kept = {name: thing.state_dict() for name, thing in self._kept.items()}
-        state = checkpoint.State(
+        return checkpoint.State(
             weights=self.model.state_dict(),
             optimizer=kept.pop("optimizer", None),
             replay=kept.pop("replay", None),
@@ -270,9 +256,6 @@ class OnlineRun:
             },
             step=self.step,
         )
-        checkpoint.save(self._folder / "checkpoint.safetensors", state)
-        self._saved_at, self._last_save = self.step, time.perf_counter()
-        self._save_took = self._last_save - begun
 
     def restore(self, state: checkpoint.State) -> None:
         """Take over a saved run; the recipe then goes on from there."""
@@ -280,14 +263,11 @@ class OnlineRun:
         self.model.load_state_dict(dict(state.weights))
         self._stream.load_state_dict(state.stream or {})
         self.score.load_state_dict(counters["score"])
-        self._pending = dict(counters["kept"])
-        for name, values in (("optimizer", state.optimizer), ("replay", state.replay)):
-            if values is not None:
-                self._pending[name] = values
+        self._saver.restored(state, counters["kept"])
         self.drifts = list(counters["drifts"])
         self.seconds, self.cpu_seconds = counters["seconds"]
         self.finished = counters["finished"]
-        self.step = self._saved_at = state.step
+        self.step = state.step
 
 
 def _floating(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tessera import arch, checkpoint, random
 from tessera.data import Batch, Benchmark, Task
 from tessera.errors import InputError
 from tessera.metrics import AccuracyMatrix
+from tessera.recipes.saving import S, Saver
 from tessera.recipes.settings import Settings
 
 __all__ = ["Progress", "Run"]
@@ -23,17 +24,6 @@ _CURVE_ROWS = 500  # test rows a task for a point of the curve; the matrix uses 
 _CURVE_POINTS = 10  # a task
 
 
-class Stateful(Protocol):
-    """Anything that can be saved and restored."""
-
-    def state_dict(self) -> Any:
-        """Plain values and tensors."""
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Take over what `state_dict` gave."""
-
-
-S = TypeVar("S", bound=Stateful)
 V = TypeVar("V")
 
 
@@ -148,17 +138,13 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         self.finished = False
-        self._folder, self._every, self._watch = folder, every, watch
+        self._saver, self._watch = Saver(folder, every), watch
         self._task = 0  # tasks completed
         self._batch = 0  # batches done in the current epoch
-        self._kept: dict[str, Stateful] = {}
         self._inside = False  # between the yield of a task and the next
         self._in_task: set[str] = set()
-        self._pending: dict[str, Any] = {}
         self._loss: Tensor | None = None
         self._clock = time.perf_counter()
-        self._saved_at = 0  # step
-        self._last_save, self._save_took = self._clock, 0.0  # seconds
         self._num_steps = 0
 
     def mask(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -188,12 +174,9 @@ class Run:
         What is kept inside the loop over `tasks` belongs to its task; what is kept before it
         belongs to the run.
         """
-        self._kept[name] = thing
         if self._inside:
             self._in_task.add(name)
-        if name in self._pending:
-            thing.load_state_dict(self._pending.pop(name))
-        return thing
+        return self._saver.keep(name, thing)
 
     def tasks(self, *, joint: bool = False) -> Iterator[Task]:
         """The tasks that are left, in order; each is measured when its turn is over.
@@ -211,9 +194,9 @@ class Run:
             self._inside = True
             yield task
             self._inside = False
-            self._pending.clear()
+            self._saver.pending.clear()
             for name in self._in_task:
-                del self._kept[name]
+                self._saver.drop(name)
             self._in_task.clear()
             self._task, self.epoch, self._batch = task.id, 1, 0
             self._measure(task.id)
@@ -241,7 +224,8 @@ class Run:
                 if self.step % look == 0:
                     self._look(task)
                 self._show(task)
-                self._save_if_due()
+                if self._saver.due(self.step):
+                    self._save()
             self.epoch, self._batch = self.epoch + 1, 0
 
     def examples(self, task: Task, rows: int = 2000) -> list[Batch]:
@@ -301,23 +285,11 @@ class Run:
             )
         )
 
-    def _save_if_due(self) -> None:
-        if self._folder is None:
-            return
-        if self._every is not None:
-            due = self.step - self._saved_at >= self._every
-        else:
-            # Saving takes at most about a tenth of the time, however large the replay is.
-            due = time.perf_counter() - self._last_save > max(1.0, 10 * self._save_took)
-        if due:
-            self._save()
-
     def _save(self) -> None:
-        if self._folder is None:
-            return
-        begun = time.perf_counter()
-        kept = {name: thing.state_dict() for name, thing in self._kept.items()}
-        state = checkpoint.State(
+        self._saver.save(self.step, self._state)
+
+    def _state(self, kept: dict[str, Any]) -> checkpoint.State:
+        return checkpoint.State(
             weights=self.model.state_dict(),
             optimizer=kept.pop("optimizer", None),
             anchors=tuple(self.anchors),
@@ -333,9 +305,6 @@ class Run:
             },
             step=self.step,
         )
-        checkpoint.save(self._folder / "checkpoint.safetensors", state)
-        self._saved_at, self._last_save = self.step, time.perf_counter()
-        self._save_took = self._last_save - begun
 
     def restore(self, state: checkpoint.State) -> None:
         """Take over a saved run; the recipe then goes on from there."""
@@ -344,13 +313,10 @@ class Run:
         for a in self.anchors:
             a.bind(self.model)
         counters: Mapping[str, Any] = state.counters or {}
-        self._pending = dict(counters["kept"])
-        for name, values in (("optimizer", state.optimizer), ("replay", state.replay)):
-            if values is not None:
-                self._pending[name] = values
+        self._saver.restored(state, counters["kept"])
         where: Mapping[str, Any] = state.stream or {}
         self._task, self.epoch, self._batch = where["task"], where["epoch"], where["batch"]
         self.matrix = AccuracyMatrix.from_rows(counters["matrix"])
         self.curve = list(counters["curve"])
         self.seconds, self.finished = counters["seconds"], counters["finished"]
-        self.step = self._saved_at = state.step
+        self.step = state.step
