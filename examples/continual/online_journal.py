@@ -66,8 +66,8 @@ class Learner:
             if self.drift.update(wrong, rows=len(batch.y)):
                 print(f"  drift noticed after row {self.stream.position}")
                 self.replay.clear()
-            self.drift.set_rate(self.optimizer, calm=0.01, drifted=0.03)
-            step(batch)
+            for _ in range(round(self.drift.between(1, 4))):
+                step(batch)
             self.replay.add(batch.x, batch.y)
 
     def save(self, path: Path) -> None:

@@ -25,8 +25,8 @@ class Largest:
     is found and sorted again.
 
     A call costs O(log n) at most in the heap, which few keys of a reservoir enter. Finding the
-    eighth again is O(n) every n / 8 calls: for 2,000,000 keys about 40 ms (the first time 100), a fifth of the 0.8 us
-    that a call costs on average. Up to `at_least` keys it is a heap and no more.
+    eighth again is O(n) every n / 8 calls: for 2,000,000 keys 40 ms (100 the first time), a fifth
+    of the 0.8 us that a call costs on average. Up to `at_least` keys it is a heap and no more.
 
     Args:
         keys: uint64 [n], no two the same.
