@@ -40,6 +40,7 @@ def online(run: OnlineRun) -> None:
         if drift.update(wrong, rows=len(batch.y)):
             replay.clear()
             run.mark_drift()
+        drift.set_rate(optimizer, calm=run.lr, drifted=2 * run.lr)
         for _ in run.steps(round(drift.between(1, 4))):
             run.log(step(batch))
         replay.add(batch.x, batch.y)

@@ -59,7 +59,7 @@ class OnlineSettings:
     model: str = "tessera.recipes:small_mlp"
     batch_size: int = 16
     window: int = 1
-    lr: float = 1e-2
+    lr: float = 5e-3
     buffer: int = 5000
     budget_ms: float | None = None
     seed: int = 0
