@@ -61,6 +61,20 @@ def test_a_users_own_file_and_own_recipe(tmp_path: Path) -> None:
     assert mine["baselines"][0]["accuracy"] > mine["accuracy"] + 0.1
 
 
+def test_report_makes_the_page_of_a_saved_online_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "online.json")
+    assert main([*QUICK, "--json", file, "--report", str(tmp_path / "a")]) == 0
+    assert main(["report", file, "--out", str(tmp_path / "b")]) == 0
+    one, two = ((tmp_path / n / "index.html").read_text() for n in "ab")
+    assert one == two
+    tasks = str(tmp_path / "tasks.json")
+    assert main(["learn", "--epochs", "1", "--compare", "--quiet", "--json", tasks]) == 0
+    assert main(["report", file, tasks, "--out", str(tmp_path / "c")]) == 2
+    assert "make two reports" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -15,6 +15,8 @@ _EXAMPLES = """examples:
   tessera learn --recipe er --json er.json
   tessera report er.json --out er-report        # writes er-report/index.html
   tessera report er.json der.json --out both    # the first in detail, the others beside it
+  tessera learn --online --json online.json
+  tessera report online.json --out online       # accuracy over the stream, drifts marked
 """
 
 
@@ -42,5 +44,11 @@ def _run(args: argparse.Namespace) -> int:
         if not isinstance(main, dict):
             raise InputError(f"{name} is not a result of `tessera learn --json`")
         results += [main, *main.get("baselines", [])]
-    print(tessera.report.write(results, args.out))
+    kinds = {result.get("kind", "tasks") for result in results}
+    if len(kinds) > 1:
+        raise InputError(
+            "some of these results are of `learn --online` and some are not; make two reports"
+        )
+    write = tessera.report.write_online if kinds == {"prequential"} else tessera.report.write
+    print(write(results, args.out))
     return 0

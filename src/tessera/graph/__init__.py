@@ -1,4 +1,4 @@
-"""`tg`: the training step, its optimizers and their transforms, and a step as a graph."""
+"""`tg`: the training step, its optimizers and transforms, a step as a graph, background work."""
 
 from tessera.graph.capture import Graph, capture
 from tessera.graph.ir import Node
