@@ -31,8 +31,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     d = recipes.OnlineSettings()
     group = parser.add_argument_group(
         "a stream without tasks",
-        "Test, then learn: prequential accuracy beside no-change and majority. Streams: sea, "
-        "stagger, hyperplane, digits, fashion_mnist, or files as data.Stream reads them.",
+        "Test, then learn: prequential accuracy beside no-change and majority. Streams: sea,\n"
+        "stagger, hyperplane, digits, fashion_mnist, or files as data.Stream reads them.\n"
+        f"Defaults here: --recipe {d.recipe} ({'|'.join(recipes.ONLINE_RECIPES)}), "
+        f"--stream {d.stream}, --model {d.model},\n"
+        f"--batch-size {d.batch_size}, --lr {d.lr}, --buffer {d.buffer}.",
     )
     group.add_argument("--online", action="store_true", help="learn the stream once, in its order")
     group.add_argument("--rows", type=int, help=f"of sea, stagger, hyperplane; default: {d.rows}")
