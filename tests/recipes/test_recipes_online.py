@@ -20,6 +20,7 @@ from tessera.recipes import (
     OnlineSettings,
     Standardize,
     learn_online,
+    saved_online_settings,
     small_mlp,
 )
 
@@ -121,10 +122,12 @@ def test_a_stream_of_files_wants_its_number_of_classes(tmp_path: Path) -> None:
         learn_online(OnlineSettings(stream=str(tmp_path), num_classes=2))
 
 
-def test_a_budget_holds_the_steps_down() -> None:
+@pytest.mark.parametrize("cap", ["budget_ms", "budget_joules"])
+def test_a_budget_holds_the_steps_down(cap: str) -> None:
     free = learn_online(OnlineSettings(**FAST))
-    # No step of this model takes less than a microsecond.
-    tight = learn_online(OnlineSettings(budget_ms=1e-3, **FAST))
+    # No step of this model takes less than a microsecond, or a microjoule.
+    small = {"budget_ms": 1e-3, "budget_joules": 1e-6}[cap]
+    tight = learn_online(OnlineSettings(**{cap: small}, **FAST))
     assert tight["steps"] < free["steps"] / 2
     assert tight["rows"] == 3000
 
@@ -161,6 +164,7 @@ def test_standardize_forgets_a_scale_that_is_gone() -> None:
         ({"batch_size": 0}, InputError, "batch_size must be a whole number >= 1, got 0"),
         ({"lr": float("nan")}, InputError, "lr must be a finite number > 0"),
         ({"budget_ms": 0.0}, InputError, "budget_ms must be a finite number > 0"),
+        ({"budget_joules": -1.0}, InputError, "budget_joules must be a finite number > 0"),
         ({"num_classes": 1}, InputError, "num_classes must be >= 2"),
         ({"recipe": "nonsense"}, UnknownNameError, "choose one of: online, steady"),
         ({"stream": "no/such/file.npz", "num_classes": 2}, MissingDataError, "no/such/file.npz"),
@@ -170,6 +174,17 @@ def test_standardize_forgets_a_scale_that_is_gone() -> None:
 def test_what_it_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         learn_online(OnlineSettings(**change))
+
+
+def test_settings_of_a_newer_version_are_refused(tmp_path: Path) -> None:
+    learn_online(OnlineSettings(**FAST), folder=tmp_path)
+    s = checkpoint.load(tmp_path / "checkpoint.safetensors")
+    parts = {n: getattr(s, n) for n in s.__dataclass_fields__}
+    newer = {**parts["counters"], "online": {**parts["counters"]["online"], "mood": 1}}
+    changed = checkpoint.State(**(parts | {"counters": newer}))
+    checkpoint.save(tmp_path / "checkpoint.safetensors", changed)
+    with pytest.raises(CheckpointError, match=r"does not know: \['mood'\]"):
+        saved_online_settings(tmp_path)
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_as_another(tmp_path: Path) -> None:

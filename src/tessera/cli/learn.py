@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import tessera.report
 from tessera import recipes
 from tessera.cli import online
-from tessera.cli.outcome import interrupted, words, write_json
+from tessera.cli.learning import interrupted, told, words, write_json
 from tessera.cli.show import Watch, show_results
 from tessera.errors import InputError
 
@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.online:
         return online.run(args)
     online.refuse_options(args)
-    settings = _settings(args)
+    settings = told(args, recipes.Settings(), recipes.saved_settings)
     compare = ["finetune", "joint"] if args.compare is None else args.compare
     for name in compare:
         recipes.find_recipe(name)
@@ -122,17 +122,6 @@ def _run(args: argparse.Namespace) -> int:
     if not args.quiet:
         show_results(results, page=page, checkpoint=args.checkpoint, json_file=args.json)
     return 0
-
-
-def _settings(args: argparse.Namespace) -> recipes.Settings:
-    """What was said, over what the checkpoint to resume says, over the defaults."""
-    names = [f.name for f in fields(recipes.Settings)]
-    said = {n: v for n in names if (v := getattr(args, n, None)) is not None}
-    if args.resume and not args.checkpoint:
-        raise InputError("--resume needs --checkpoint DIR, the folder of the run to go on with")
-    before = recipes.saved_settings(args.checkpoint) if args.resume else None
-    base = before if before is not None else recipes.Settings()
-    return replace(base, **said)
 
 
 def _words(settings: recipes.Settings) -> list[str]:

@@ -17,12 +17,12 @@ from rich.table import Table
 
 import tessera.report
 from tessera import recipes
-from tessera.cli.outcome import interrupted, words, write_json
+from tessera.cli.learning import interrupted, told, words, write_json
 from tessera.errors import InputError
 
 __all__ = ["add_options", "refuse_options", "run"]
 
-_OWN = ("rows", "num_classes", "window", "budget_ms")
+_OWN = ("rows", "num_classes", "window", "budget_ms", "budget_joules")
 _OPTIONS = {"num_classes": "classes", "num_tasks": "tasks"}
 
 
@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, help="rows to shuffle within; default: 1, stream order"
     )
     group.add_argument("--budget-ms", type=float, help="most milliseconds to learn a batch in")
+    group.add_argument("--budget-joules", type=float, help="most joules to learn a batch with")
 
 
 def refuse_options(args: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         f.name for f in fields(recipes.OnlineSettings)
     }
     _refuse(args, sorted(strangers), "is for a sequence of tasks; leave it out, or --online")
-    settings = _settings(args)
+    settings = told(args, recipes.OnlineSettings(), recipes.saved_online_settings)
     compare = ["steady"] if args.compare is None else args.compare
     for name in compare:
         recipes.find_online_recipe(name)
@@ -98,15 +99,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         _show(results, page, args)
     return 0
-
-
-def _settings(args: argparse.Namespace) -> recipes.OnlineSettings:
-    names = [f.name for f in fields(recipes.OnlineSettings)]
-    said = {n: v for n in names if (v := getattr(args, n, None)) is not None}
-    if args.resume and not args.checkpoint:
-        raise InputError("--resume needs --checkpoint DIR, the folder of the run to go on with")
-    before = recipes.saved_online_settings(args.checkpoint) if args.resume else None
-    return replace(before if before is not None else recipes.OnlineSettings(), **said)
 
 
 class _Watch:

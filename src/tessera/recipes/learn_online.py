@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ import torch
 from tessera import data, trees
 from tessera.data import Batch
 from tessera.data.readers import read_stream
-from tessera.errors import InputError
+from tessera.errors import CheckpointError, InputError
 from tessera.recipes import online
 from tessera.recipes.learn import build, named, resumable, saved
 from tessera.recipes.prequential import OnlineProgress, OnlineRun, OnlineSettings
@@ -44,7 +45,7 @@ def learn_online(
     """Test a model on a stream and teach it the same, batch by batch, once.
 
     The same settings give the same weights, bit for bit, whether or not the run was killed and
-    resumed on the way, unless `budget_ms` makes them depend on the clock.
+    resumed on the way, unless a budget makes them depend on the clock.
 
     Args:
         settings: What to learn and how.
@@ -106,7 +107,15 @@ def saved_online_settings(folder: str | os.PathLike[str]) -> OnlineSettings | No
         True
     """
     state = saved(Path(folder), "online")
-    return OnlineSettings(**(state.counters or {})["online"]) if state is not None else None
+    if state is None:
+        return None
+    values = dict((state.counters or {})["online"])
+    if strangers := set(values) - {f.name for f in fields(OnlineSettings)}:
+        raise CheckpointError(
+            f"the run in {folder} has settings this Tessera does not know: {sorted(strangers)}; "
+            "go on with the version that saved it"
+        )
+    return OnlineSettings(**values)
 
 
 def find_online_recipe(name: str) -> OnlineRecipe:

@@ -44,6 +44,7 @@ class OnlineSettings:
         buffer: Rows the replay holds, >= 1.
         budget_ms: Milliseconds that learning a batch may take; None sets no cap. With a cap the
             number of steps depends on the machine's speed, so weights are not reproducible.
+        budget_joules: Likewise, joules; from the best source there is, as `profiler.measure` says.
         seed: Of the weights, the generators and the replay.
         threads: CPU threads.
 
@@ -62,6 +63,7 @@ class OnlineSettings:
     lr: float = 5e-3
     buffer: int = 5000
     budget_ms: float | None = None
+    budget_joules: float | None = None
     seed: int = 0
     threads: int = 1
 
@@ -70,7 +72,7 @@ class OnlineSettings:
             value = getattr(self, name)
             if int(value) != value or value < 1:
                 raise InputError(f"{name} must be a whole number >= 1, got {value}")
-        for name in ("lr", "budget_ms"):
+        for name in ("lr", "budget_ms", "budget_joules"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"{name} must be a finite number > 0, got {value}")
@@ -164,7 +166,8 @@ class OnlineRun:
         self.seconds = self.cpu_seconds = 0.0
         self.finished = False
         self._stream, self._saver, self._watch = stream, Saver(folder, every), watch
-        self._budget = Budget(ms=settings.budget_ms) if settings.budget_ms is not None else None
+        caps = settings.budget_ms, settings.budget_joules
+        self._budget = None if caps == (None, None) else Budget(*caps)
         self._loss: Tensor | None = None
         self._clock, self._cpu = time.perf_counter(), time.process_time()
 

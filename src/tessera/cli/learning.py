@@ -1,4 +1,4 @@
-"""How `tessera learn` ends: its result as a file, the words that repeat it, and an interruption."""
+"""What `tessera learn` does with tasks or without: settings, results, and an interruption."""
 
 from __future__ import annotations
 
@@ -6,17 +6,32 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from tessera import recipes
+from tessera.errors import InputError
 from tessera.files import write_whole
 
-__all__ = ["interrupted", "words", "write_json"]
+__all__ = ["interrupted", "told", "words", "write_json"]
 
 Settings = recipes.Settings | recipes.OnlineSettings
+S = TypeVar("S", recipes.Settings, recipes.OnlineSettings)
 _OPTIONS = {"num_tasks": "tasks", "num_classes": "classes"}
+
+
+def told(args: argparse.Namespace, default: S, saved: Callable[[str], S | None]) -> S:
+    """What was said, over what the checkpoint to resume says, over `default`.
+
+    Raises:
+        InputError: Resume, but from where?
+    """
+    said = {f.name: v for f in fields(default) if (v := getattr(args, f.name, None)) is not None}
+    if args.resume and not args.checkpoint:
+        raise InputError("--resume needs --checkpoint DIR, the folder of the run to go on with")
+    before = saved(args.checkpoint) if args.resume else None
+    return replace(before if before is not None else default, **said)
 
 
 def words(settings: Settings, default: Settings, always: Sequence[str]) -> list[str]:
