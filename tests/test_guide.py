@@ -128,7 +128,7 @@ def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
 
 PAGES = (
     *("ir", "replay", "durable-store", "generative-replay", "streams", "online", "budgets"),
-    "streaming-statistics",
+    *("streaming-statistics", "retrieval"),
 )
 
 

@@ -17,6 +17,7 @@ from tessera import (
     profiler,
     random,
     recipes,
+    retrieval,
     trees,
 )
 from tessera.errors import TesseraError
@@ -35,5 +36,6 @@ __all__ = [
     "profiler",
     "random",
     "recipes",
+    "retrieval",
     "trees",
 ]
