@@ -58,11 +58,11 @@ def ablated(name: str, seed: int, epochs: int, validation: float) -> tuple[float
 
     held, share = VAE.recall, vae._OPEN
     vae._OPEN = share if "gates" in name else 1.0
-    VAE.recall = held if "codes" in name else relearn  # type: ignore[method-assign]
+    VAE.recall = held if "codes" in name else relearn
     try:
         return measure(name, seed, epochs, validation)
     finally:
-        vae._OPEN, VAE.recall = share, held  # type: ignore[method-assign]
+        vae._OPEN, VAE.recall = share, held
 
 
 def main() -> None:

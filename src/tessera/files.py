@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from tessera.errors import StorageError
 
-__all__ = ["write_whole"]
+__all__ = ["sync_name", "write_whole"]
 
 _ABANDONED_S = 3600.0
 
@@ -72,7 +72,7 @@ def write_whole(
             f"could not write {os.fspath(path)}: {error.strerror or error}. What stood there is "
             f"unchanged. {advice}"
         ) from error
-    _sync_folder(target.parent, path)
+    sync_name(target, path)
 
 
 def _sweep(folder: Path, prefix: str) -> None:
@@ -83,18 +83,32 @@ def _sweep(folder: Path, prefix: str) -> None:
                 leftover.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path, path: str | os.PathLike[str]) -> None:
-    """Make the new name survive a power cut, not only the new bytes."""
+def sync_name(file: Path, path: str | os.PathLike[str] | None = None) -> None:
+    """Make the name of a new file survive a power cut, not only its bytes.
+
+    Args:
+        file: The file.
+        path: What the message calls it; None: itself.
+
+    Raises:
+        StorageError: Its folder could not be flushed.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "f"
+        >>> file.touch()
+        >>> sync_name(file)
+    """
     if os.name != "posix":  # Windows cannot open a folder
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise StorageError(
-            f"{os.fspath(path)} was written, but its folder could not be flushed to the disk "
-            f"({error.strerror}): it may not survive a power cut. Write it again"
+            f"{os.fspath(path or file)} was written, but its folder could not be flushed to the "
+            f"disk ({error.strerror}): it may not survive a power cut. Write it again"
         ) from error

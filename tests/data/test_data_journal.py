@@ -150,7 +150,7 @@ def test_what_is_refused_was_not_written(x, y, more, words, tmp_path):
 def test_a_first_append_that_is_refused_leaves_the_schema_open(tmp_path):
     with Journal(tmp_path) as journal:
         with pytest.raises(InputError):
-            journal.append(*rows(0, 1), tags={"a": object()})  # type: ignore[dict-item]
+            journal.append(*rows(0, 1), tags={"a": object()})
         assert journal.append(torch.zeros(1, 5), torch.tensor([1])) == 0
     assert JournalShard(tmp_path).read(0, 1).x.shape == (1, 5)
 

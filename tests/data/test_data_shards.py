@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from tessera.data import tables
@@ -23,7 +25,7 @@ from tessera.data.sources import items_of
 from tessera.data.stream import Stream
 from tessera.data.tables import DatasetShard, ParquetShard
 from tessera.data.tar import TarShard
-from tessera.errors import InputError, MissingDataError
+from tessera.errors import CheckpointError, InputError, MissingDataError
 
 X = np.random.default_rng(0).integers(0, 255, (23, 4, 3)).astype(np.uint8)
 Y = np.random.default_rng(1).integers(0, 9, 23).astype(np.uint8)
@@ -89,8 +91,6 @@ def as_tar(folder: Path, x: np.ndarray, y: np.ndarray) -> Path:
 
 
 def as_parquet(folder: Path, x: np.ndarray, y: np.ndarray) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     flat = pa.FixedSizeListArray.from_arrays(pa.array(x[:, :, 0].reshape(-1)), x.shape[1])
     table = pa.table({"x": flat, "label": pa.array(y), "other": pa.array(["a"] * len(y))})
     parquet.write_table(table, folder / "a.parquet", row_group_size=5)
@@ -281,10 +281,7 @@ def test_a_compressed_tar_file_says_how_to_unpack_it(tmp_path):
 
 
 def parquet_of(path: Path, columns: dict[str, Any], group: int = 5) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(
-        pa.table(columns), path, row_group_size=group
-    )
+    parquet.write_table(pa.table(columns), path, row_group_size=group)
     return path
 
 
@@ -401,3 +398,41 @@ def test_shards_of_several_kinds_in_one_stream(tmp_path):
     assert torch.equal(torch.cat([b.x for b in batches]), torch.from_numpy(F))
     state = json.dumps(Stream(shards, 3, batch_size=2).state_dict())
     assert json.loads(state)["of"] == 3
+
+
+def test_columns_that_were_named_are_in_the_fingerprint(tmp_path: Path) -> None:
+    # Else a stream resumed with other columns would go on as if nothing had happened.
+    table = pa.table({"a": [1.0, 2.0], "b": [3.0, 4.0], "y": [0, 1]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    kinds = [ParquetShard(tmp_path / "t.parquet", x=x) for x in (None, "a", ["a"], "b")]
+    assert len({shard.fingerprint() for shard in kinds}) == 4
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, raw in (("1.json", b"[1]"), ("1.cls", b"7"), ("1.txt", b"8")):
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+    samples = [TarShard(tmp_path / "t.tar", y=y) for y in (None, "cls", "txt")]
+    assert len({shard.fingerprint() for shard in samples}) == 3
+    one, other = (Stream([shard], 1, batch_size=1) for shard in samples[1:])
+    next(one)
+    with pytest.raises(CheckpointError, match="is not what it was"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_an_array_in_a_tar_file_is_measured_before_it_is_read(tmp_path: Path) -> None:
+    honest = io.BytesIO()
+    np.save(honest, np.ones(4))
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        huge, {"descr": "<f8", "fortran_order": False, "shape": (1 << 45,)}
+    )
+    packed = io.BytesIO()
+    np.savez(packed, x=np.ones(3))
+    for raw in (huge.getvalue() + bytes(32), honest.getvalue() + b"more", packed.getvalue()):
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            for name, content in (("1.npy", raw), ("1.cls", b"7")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        with pytest.raises(InputError, match=r"1\.npy cannot be read"):
+            TarShard(tmp_path / "t.tar").read(0, 1)

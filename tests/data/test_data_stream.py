@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from river import drift
 from safetensors.torch import save_file
 
 from tessera import random
@@ -224,7 +225,7 @@ def test_rows_of_an_iterable_must_fit_together():
     with pytest.raises(InputError, match=r"pairs \(x, y\) of numbers, all of one shape"):
         next(Stream([IterableShard(bad)], 1, batch_size=2))
     with pytest.raises(InputError, match="pairs"):
-        next(Stream([IterableShard([1, 2])], 1, batch_size=2))  # type: ignore[list-item]
+        next(Stream([IterableShard([1, 2])], 1, batch_size=2))
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -251,10 +252,10 @@ def test_what_is_no_stream_is_refused(shards, window, batch_size, words):
 
 def test_a_detector_and_follow_are_checked():
     with pytest.raises(InputError, match=r"got object; data.ADWIN\(\) is one"):
-        Stream(rows(0, 2), 1, object(), batch_size=1)  # type: ignore[arg-type]
+        Stream(rows(0, 2), 1, object(), batch_size=1)
     for follow in (-1.0, float("nan"), "yes"):
         with pytest.raises(InputError, match="follow=True"):
-            Stream(rows(0, 2), 1, batch_size=1, follow=follow)  # type: ignore[arg-type]
+            Stream(rows(0, 2), 1, batch_size=1, follow=follow)
 
 
 class Faulty:
@@ -347,7 +348,7 @@ def test_damaged_states_are_refused_and_change_nothing(change, words):
         fresh.load_state_dict({**state, **change})
     assert fresh.state_dict() == before
     with pytest.raises(CheckpointError, match="entries"):
-        fresh.load_state_dict([])  # type: ignore[arg-type]
+        fresh.load_state_dict([])
     fresh.load_state_dict(state)
     assert labels(fresh) == labels(stream)
 
@@ -428,7 +429,6 @@ def test_a_state_with_a_detector_wants_one():
 
 
 def test_detectors_of_river_work_and_say_that_they_cannot_be_saved():
-    drift = pytest.importorskip("river.drift")
     stream = Stream(rows(0, 4), 1, drift.ADWIN(), batch_size=1)
     ours = ADWIN()
     stream.state_dict()  # not used yet: nothing is lost

@@ -475,7 +475,7 @@ def test_what_is_no_work_is_refused_and_nothing_is_queued() -> None:
     sched = OnlineSchedule(thread=False)
     with sched.stream("updates") as updates:
         with pytest.raises(InputError, match=r"an iterable of units, or a function .* got int"):
-            updates.submit(3)  # type: ignore[arg-type]
+            updates.submit(3)
         with pytest.raises(InputError, match="expected_ms > 0 and finite, got 0"):
             updates.submit(range(3), expected_ms=0)
         with (

@@ -85,3 +85,14 @@ def test_what_it_refuses() -> None:
     assert score.rows == 0
     with pytest.raises(CheckpointError, match=r"num_classes=4, the one that loads it 3"):
         score.load_state_dict(Prequential(4).state_dict())
+
+
+@pytest.mark.parametrize("lost", ["counts", "hits", "last", "part", "curve"])
+def test_a_damaged_state_changes_nothing(lost: str) -> None:
+    told, fresh = Prequential(3), Prequential(3)
+    told.update(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]))
+    state = {name: value for name, value in told.state_dict().items() if name != lost}
+    before = fresh.state_dict()
+    with pytest.raises(CheckpointError, match="damaged state of Prequential"):
+        fresh.load_state_dict(state)
+    assert fresh.state_dict() == before

@@ -89,8 +89,8 @@ def test_batches_of_any_size_become_values_of_as_many_rows() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="half_life > 0 in rows, got 0"):
         opt.DriftSchedule(At(), half_life=0)
-    with pytest.raises(InputError, match=r"a detector with update\(value\).*got object"):
-        opt.DriftSchedule(object())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"a drift detector with update\(value\).*got object"):
+        opt.DriftSchedule(object())
     with pytest.raises(InputError, match="every >= 1 rows, got 0"):
         opt.DriftSchedule(At(), every=0)
     detector = At()
@@ -102,3 +102,20 @@ def test_what_it_refuses() -> None:
     other = opt.DriftSchedule(data.ADWIN(), half_life=5.0)
     with pytest.raises(CheckpointError, match=r"half_life=5.0, the one that loads it 800.0"):
         opt.DriftSchedule(data.ADWIN()).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("lost", ["rows", "since", "part", "drifts", "detector"])
+def test_a_damaged_state_changes_nothing(lost: str) -> None:
+    told, fresh = (opt.DriftSchedule(data.ADWIN()) for _ in range(2))
+    for i in range(100):
+        told.update(i % 2)
+    state = {name: value for name, value in told.state_dict().items() if name != lost}
+    before = fresh.state_dict()
+    with pytest.raises(CheckpointError, match="damaged state of DriftSchedule"):
+        fresh.load_state_dict(state)
+    assert fresh.state_dict() == before
+
+
+def test_a_state_with_a_detector_wants_one_that_loads() -> None:
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        opt.DriftSchedule(At()).load_state_dict(opt.DriftSchedule(data.ADWIN()).state_dict())

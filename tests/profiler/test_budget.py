@@ -152,7 +152,7 @@ def test_a_budget_has_a_cap_and_whole_steps() -> None:
     with pytest.raises(InputError, match=r"Budget needs a cap: Budget\(ms=5\)"):
         Budget()
     with pytest.raises(InputError, match=r"a whole number of steps, got 2\.5"):
-        Budget(steps=2.5)  # type: ignore[arg-type]
+        Budget(steps=2.5)
 
 
 def test_pace_is_the_order_statistic_it_says() -> None:

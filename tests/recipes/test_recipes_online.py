@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from tessera import checkpoint, data
-from tessera.errors import CheckpointError, InputError, MissingDataError, UnknownNameError
+from tessera.errors import (
+    CheckpointError,
+    InputError,
+    MissingDataError,
+    NonFiniteError,
+    UnknownNameError,
+)
 from tessera.recipes import (
     ONLINE_RECIPES,
     OnlineProgress,
@@ -196,3 +202,13 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_as_another(tmp_pat
     other = OnlineSettings(**{**FAST, "seed": 1})
     with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
         learn_online(other, folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_standardize_is_not_moved_by_a_batch_that_is_not_finite(bad: float) -> None:
+    layer = Standardize(2)
+    layer(torch.randn(8, 2))
+    before = {n: b.clone() for n, b in layer.named_buffers()}
+    with pytest.raises(NonFiniteError, match="not finite"):
+        layer(torch.tensor([[1.0, bad], [0.0, 1.0]]))
+    assert all(torch.equal(before[n], b) for n, b in layer.named_buffers())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessera.errors import CheckpointError, InputError, MissingDataError, UnknownNameError
-from tessera.retrieval import Index
+from tessera.retrieval import Index, store
 from tessera.retrieval import index as module
 
 
@@ -249,3 +249,36 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plain values, as JSON has them"):
         index.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+FORGED = {
+    "metric": {"metric": "l3"},
+    "payloads": {"payloads": ["one"]},
+    "ids that fall": {"ids": torch.tensor([2, 1, 0])},
+    "an id to come": {"next_id": 1},
+    "a namespace that is not there": {"spaces": torch.tensor([0, 0, 7])},
+    "too few ids": {"ids": torch.tensor([0, 1])},
+    "a dtype": {"vectors": torch.eye(3, 4).double()},
+    "an axis too many": {"vectors": torch.ones(3, 4, 1)},
+    "no number": {"vectors": torch.full((3, 4), float("nan"))},
+    "names": {"names": "a"},
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_file_with_its_checksum_is_refused(what: str, tmp_path: Path) -> None:
+    index = Index(dim=4)
+    index.add(torch.eye(3, 4), ["one", "two", "three"])
+    index.save(tmp_path / "a")
+    held = store.read(tmp_path / "a")
+    parts = {name: getattr(held, name) for name in held.__dataclass_fields__}
+    store.write(tmp_path / "b", store.Stored(**(parts | FORGED[what])))
+    with pytest.raises(CheckpointError, match="is no index of Tessera's"):
+        Index.load(tmp_path / "b")
+
+
+def test_vectors_too_large_for_float32_are_refused() -> None:
+    index = Index(dim=2, metric="dot")
+    with pytest.raises(InputError, match="vector 0 has NaN or infinite"):
+        index.add(torch.tensor([[1e300, 0.0]], dtype=torch.float64), ["huge"])
+    assert len(index) == 0

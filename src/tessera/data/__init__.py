@@ -1,7 +1,8 @@
 """Data: streams and their shards, the journal, tasks, replay, drift and its detectors."""
 
 from tessera.data.batch import Batch
-from tessera.data.drift import ADWIN, DriftDetector, PageHinkley
+from tessera.data.detectors import DriftDetector
+from tessera.data.drift import ADWIN, PageHinkley
 from tessera.data.drifting import bernoulli, hyperplane, sea, stagger
 from tessera.data.generative import GenerativeReplay
 from tessera.data.journal import Journal

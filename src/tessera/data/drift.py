@@ -8,33 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from tessera.errors import CheckpointError, InputError, unknown_name
 
-__all__ = ["ADWIN", "DriftDetector", "PageHinkley"]
+__all__ = ["ADWIN", "PageHinkley"]
 
 _MODES = ("up", "down", "both")
-
-
-class DriftDetector(Protocol):
-    """What a detector is: `PageHinkley`, `ADWIN`, any of River's, or your own.
-
-    Example:
-        >>> detector: DriftDetector = ADWIN()
-        >>> _ = detector.update(0.5)
-        >>> detector.drift_detected
-        False
-    """
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the last value was where a change was detected."""
-        ...
-
-    def update(self, x: float, /) -> object:
-        """Take one value."""
-        ...
 
 
 @final

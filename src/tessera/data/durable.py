@@ -61,7 +61,6 @@ class Durable:
         self._counters: dict[str, Any] = {}  # as logged
         self._touched = np.zeros(settings["capacity"], bool)  # slots with a priority not logged,
         self._touches = False  # if any
-        self._process = os.getpid()
         self._broken: BaseException | None = None
         _prepare(self._folder)
         self._lock = Lock(self._folder, "the replay store")
@@ -144,7 +143,7 @@ class Durable:
             StorageError: It could not be flushed; it is closed nevertheless.
         """
         try:
-            if self._broken is None and self._process == os.getpid():
+            if self._broken is None and self._lock.held:
                 self.flush()
         finally:
             self._release()
@@ -153,10 +152,9 @@ class Durable:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
-        self._process = -1
 
     def _check_open(self) -> None:
-        if self._process != os.getpid():
+        if not self._lock.held:
             raise InputError(
                 f"the replay store {self._folder} is not open for writing here: it was closed, or "
                 "opened before this process was forked off. Read it with ReplayReader"

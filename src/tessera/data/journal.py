@@ -21,6 +21,7 @@ from tessera.data.rows import row_problem
 from tessera.data.segments import Segment, encoded, segment_paths
 from tessera.data.shards import as_rows
 from tessera.errors import InputError, StorageError
+from tessera.files import sync_name
 
 __all__ = ["Journal"]
 
@@ -57,7 +58,6 @@ class Journal:
             raise InputError(f"Journal needs segment_bytes >= 1, got {segment_bytes!r}")
         self.path = Path(path)
         self._most = segment_bytes
-        self._process = os.getpid()
         self._turn = threading.Lock()
         self._rows = self._last_ns = 0
         self._schema: list[list[Any]] | None = None
@@ -159,7 +159,7 @@ class Journal:
             if old is not None:
                 old.sync()  # only the last segment may be torn by a power cut
             self._writer = RecordWriter(self.path / f"journal-{self._rows:016d}.rec")
-            _sync_folder(self.path)
+            sync_name(self._writer.path)
             if old is not None:
                 old.close()
         writer = self._writer
@@ -188,7 +188,7 @@ class Journal:
             StorageError: It could not be flushed; it is closed nevertheless.
         """
         try:
-            if self._process == os.getpid():
+            if self._lock.held:
                 self.flush()
         finally:
             self._release()
@@ -197,10 +197,9 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
-        self._process = -1
 
     def _check_open(self) -> None:
-        if self._process != os.getpid():
+        if not self._lock.held:
             raise InputError(
                 f"the journal {self.path} is not open for writing here: it was closed, or opened "
                 "before this process was forked off. Read it with Stream.from_journal"
@@ -223,15 +222,3 @@ def _checked(tags: Mapping[str, Any] | None) -> dict[str, Any]:
         raise InputError(f"the tags of a call have {len(text)} bytes, at most {_MOST_TAG_BYTES}")
     own: dict[str, Any] = json.loads(text)
     return own
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the name of a new segment survive a power cut."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"could not flush the folder {folder}: {error.strerror}") from error

@@ -41,6 +41,11 @@ class Lock:
             raise StorageError(f"could not lock {who} {folder}: {error.strerror}") from error
         _LOCKS.add(self)
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has it: not once it is closed, nor in a forked child."""
+        return self._file >= 0
+
     def close(self) -> None:
         """Let the next writer in."""
         file, self._file = self._file, -1

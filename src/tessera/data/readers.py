@@ -7,6 +7,7 @@ allocated, and nothing is ever unpickled.
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from tessera.data.batch import Batch
 from tessera.errors import InputError, MissingDataError, unknown_name
 from tessera.random import permutation
 
-__all__ = ["STREAMS", "read_folder", "read_idx", "read_npz", "read_stream"]
+__all__ = ["STREAMS", "read_folder", "read_idx", "read_npy", "read_npz", "read_stream"]
 
 STREAMS = ("digits", "fashion_mnist")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -143,19 +144,7 @@ def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Array:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{path}: {name} is packed in a way numpy.savez never uses; save it anew")
     with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
-        else:
-            raise InputError(f"{path}: {name} has structured columns; save plain arrays")
-        header_bytes = member.tell()
-    if dtype.hasobject:
-        raise InputError(
-            f"{path}: {name} holds pickled objects, which are never loaded; save numbers"
-        )
-    promised = header_bytes + math.prod(shape) * dtype.itemsize
+        promised, shape, dtype = _npy_promise(member, f"{path}: {name}")
     most = min(info.compress_size, path.stat().st_size) * _MOST_DEFLATE_GROWTH
     if promised != info.file_size or promised > most:
         raise InputError(
@@ -165,6 +154,37 @@ def _npz_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Array:
     with archive.open(info) as member:
         array: _Array = np.lib.format.read_array(member, allow_pickle=False)
     return array
+
+
+def read_npy(raw: bytes, who: str) -> _Array:
+    """The array in the bytes of a .npy file, which are measured before anything is allocated.
+
+    Raises:
+        InputError: Pickled objects inside, or a header that promises another size.
+        ValueError: It is no .npy file.
+    """
+    promised, shape, dtype = _npy_promise(io.BytesIO(raw), who)
+    if promised != len(raw):
+        raise InputError(
+            f"{who}: its header promises {promised} bytes (shape {shape}, {dtype}), there are "
+            f"{len(raw)}; it is truncated or damaged"
+        )
+    array: _Array = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+    return array
+
+
+def _npy_promise(file: IO[bytes], who: str) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """How many bytes a .npy file has according to its header, and of what."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise InputError(f"{who} has structured columns; save plain arrays")
+    if dtype.hasobject:
+        raise InputError(f"{who} holds pickled objects, which are never loaded; save numbers")
+    return file.tell() + math.prod(shape) * dtype.itemsize, shape, dtype
 
 
 def read_folder(folder: Path, *, hint: str = "") -> tuple[Batch, Batch]:

@@ -15,14 +15,17 @@ from torch import Tensor
 from tessera.data.batch import Batch
 from tessera.data.checks import is_count
 from tessera.data.cursor import Cursor
-from tessera.data.drift import DriftDetector
+from tessera.data.detectors import (
+    DriftDetector,
+    check_detector,
+    detector_state,
+    load_detector,
+)
 from tessera.data.rows import shown
 from tessera.data.segments import JournalShard
 from tessera.data.stream_state import (
     STATE_VERSION,
     check_state,
-    detector_state,
-    load_detector,
     packed,
 )
 from tessera.data.window import RowPool, Window
@@ -78,14 +81,8 @@ class Stream:
         for name, value in (("window", window), ("batch_size", batch_size)):
             if not is_count(value) or value < 1:
                 raise InputError(f"Stream needs a whole {name} >= 1, got {value!r}")
-        if drift_detector is not None and not (
-            callable(getattr(drift_detector, "update", None))
-            and hasattr(drift_detector, "drift_detected")
-        ):
-            raise InputError(
-                "Stream needs a drift_detector with update(value) and drift_detected, got "
-                f"{type(drift_detector).__name__}; data.ADWIN() is one"
-            )
+        if drift_detector is not None:
+            check_detector("Stream", drift_detector)
         if not isinstance(follow, bool | int | float) or not follow >= 0:
             raise InputError(f"Stream needs follow=True, False or seconds >= 0, got {follow!r}")
         self.drift_detector = drift_detector

@@ -19,8 +19,6 @@ __all__ = [
     "check_rows",
     "check_shards",
     "check_state",
-    "detector_state",
-    "load_detector",
     "packed",
     "runs",
     "unpacked",
@@ -193,39 +191,3 @@ def check_rows(name: str, saved: int, found: int, *, last: bool) -> None:
             f"the shard {name!r} has {found} rows, and had {saved} when it was read; restore it, "
             "or start the stream anew"
         )
-
-
-def detector_state(detector: Any, *, used: bool) -> dict[str, Any] | None:
-    """The state of a drift detector; None if there is none, or none that matters.
-
-    Raises:
-        CheckpointError: It was used and cannot be saved.
-    """
-    if detector is None:
-        return None
-    if callable(getattr(detector, "state_dict", None)):
-        return dict(detector.state_dict())
-    if used:
-        raise CheckpointError(
-            f"the stream's drift detector {type(detector).__name__} has no state_dict, so what it "
-            "has observed cannot be saved; take data.ADWIN() or data.PageHinkley()"
-        )
-    return None
-
-
-def load_detector(detector: Any, state: Mapping[str, Any] | None) -> None:
-    """Give a detector its state back.
-
-    Raises:
-        CheckpointError: There is no such detector, or its state is of another.
-    """
-    if state is None:
-        return
-    load = getattr(detector, "load_state_dict", None)
-    if not callable(load):
-        have = "none" if detector is None else f"{type(detector).__name__}, which cannot load it"
-        raise CheckpointError(
-            f"this state was saved with a drift detector ({state.get('kind', 'of some kind')}), "
-            f"the stream that loads it has {have}; build the Stream with the same"
-        )
-    load(state)

@@ -60,6 +60,7 @@ class ParquetShard:
                 f"reading {path} needs pyarrow: pip install tessera-lifelong[parquet]"
             ) from error
         self.path, self.name = Path(path), str(path)
+        self._named = (x if x is None or isinstance(x, str) else list(x), y)
         if not self.path.is_file():
             raise MissingDataError(f"the shard {path} is not there; put it back, or leave it out")
         self._errors: tuple[type[Exception], ...] = (pyarrow.ArrowException, OSError)
@@ -109,8 +110,11 @@ class ParquetShard:
         return self._rows
 
     def fingerprint(self) -> str:
-        """Of its size and its ends, and of the columns."""
-        return file_fingerprint("parquet", [self.path])
+        """Of its size and its ends, and of the columns that were named."""
+        of_file = file_fingerprint("parquet", [self.path])
+        if self._named == (None, None):
+            return of_file
+        return digest(of_file.encode(), repr(self._named).encode())
 
 
 def _array(column: Any) -> Any:

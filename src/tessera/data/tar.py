@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import numpy as np
 
 from tessera.data.batch import Batch
 from tessera.data.formats import file_fingerprint
-from tessera.data.shards import as_rows
+from tessera.data.readers import read_npy
+from tessera.data.shards import as_rows, digest
 from tessera.errors import InputError, MissingDataError
 
 __all__ = ["TarShard"]
@@ -22,7 +22,7 @@ _MOST_BYTES = 1 << 30
 
 
 def _npy(raw: bytes) -> Any:
-    return np.load(io.BytesIO(raw), allow_pickle=False)
+    return read_npy(raw, "the array")
 
 
 def _whole(raw: bytes) -> Any:
@@ -62,7 +62,7 @@ class TarShard:
         InputError: It is damaged or compressed, or a sample lacks its inputs or label.
 
     Example:
-        >>> import tempfile
+        >>> import io, tempfile
         >>> path = Path(tempfile.mkdtemp()) / "a.tar"
         >>> with tarfile.open(path, "w") as tar:
         ...     for name, raw in (("1.json", b"[1.5, 2]"), ("1.cls", b"7")):
@@ -77,6 +77,7 @@ class TarShard:
         self.path, self.name = Path(path), str(path)
         if not self.path.is_file():
             raise MissingDataError(f"the shard {path} is not there; put it back, or leave it out")
+        self._named = (x, y)
         samples = self._index()
         held = sorted({extension for sample in samples for extension in sample[1]})
         self._x = x or _first(("npy", "x.npy", "json"), held)
@@ -170,8 +171,11 @@ class TarShard:
             ) from error
 
     def fingerprint(self) -> str:
-        """Of its size and its ends."""
-        return file_fingerprint("tar", [self.path])
+        """Of its size and its ends, and of the extensions that were named."""
+        of_file = file_fingerprint("tar", [self.path])
+        if self._named == (None, None):
+            return of_file
+        return digest(of_file.encode(), repr(self._named).encode())
 
 
 def _first(wanted: tuple[str, ...], held: list[str]) -> str:

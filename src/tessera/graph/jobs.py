@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from typing import Any, Protocol, TypeAlias, final
 
 from tessera.errors import InputError
-from tessera.profiler.pace import Pace
+from tessera.profiler.pace import Pace, is_positive
 
-__all__ = ["Job", "Stream", "Work", "current_stream", "entered", "is_positive", "print_schedule"]
+__all__ = ["Job", "Stream", "Work", "current_stream", "entered", "print_schedule"]
 
 _STREAM: ContextVar[Stream | None] = ContextVar("tessera_stream", default=None)
 
@@ -250,9 +250,3 @@ def print_schedule(report: dict[str, Any]) -> str:
 
 def _figures(values: dict[str, Any]) -> str:
     return f"units = {values['units']}, longest_ms = {values['longest_ms']:.3f}"
-
-
-def is_positive(value: object) -> bool:
-    """Whether it is a finite number > 0."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]

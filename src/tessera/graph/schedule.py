@@ -26,9 +26,9 @@ from tessera.graph.jobs import (
     Work,
     current_stream,
     entered,
-    is_positive,
     print_schedule,
 )
+from tessera.profiler.pace import is_positive
 
 __all__ = ["Job", "OnlineSchedule", "Stream", "current_stream"]
 

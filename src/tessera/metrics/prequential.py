@@ -160,7 +160,8 @@ class Prequential:
         """Go on from what `state_dict` gave.
 
         Raises:
-            CheckpointError: It is of another number of classes or spacing; nothing was changed.
+            CheckpointError: It is damaged, or of another number of classes or spacing; nothing was
+                changed.
         """
         for name, own in (("num_classes", self._classes), ("every", self._every)):
             if state.get(name) != own:
@@ -168,7 +169,15 @@ class Prequential:
                     f"this state of Prequential has {name}={state.get(name)!r}, the one that loads "
                     f"it {own!r}; build it as the saved one was"
                 )
-        self._counts = np.array(state["counts"], np.int64)
-        self._right, self._same, self._frequent = state["hits"]
-        self._last, self._part = int(state["last"]), list(state["part"])
-        self._curve = [list(point) for point in state["curve"]]
+        try:
+            counts = np.array(state["counts"], np.int64)
+            hits, part = ([int(n) for n in state[name]] for name in ("hits", "part"))
+            last, curve = int(state["last"]), [list(map(float, point)) for point in state["curve"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"damaged state of Prequential ({type(error).__name__}: {error})"
+            ) from error
+        if counts.shape != (self._classes,) or len(hits) != 3 or len(part) != 4:
+            raise CheckpointError("damaged state of Prequential: a count is missing")
+        self._counts, self._last, self._part, self._curve = counts, last, part, curve
+        self._right, self._same, self._frequent = hits

@@ -8,7 +8,12 @@ from typing import Any, final
 
 from torch.optim import Optimizer
 
-from tessera.data import DriftDetector
+from tessera.data.detectors import (
+    DriftDetector,
+    check_detector,
+    detector_state,
+    load_detector,
+)
 from tessera.errors import CheckpointError, InputError
 
 __all__ = ["DriftSchedule"]
@@ -51,11 +56,7 @@ class DriftSchedule:
             raise InputError(f"DriftSchedule needs every >= 1 rows, got {every}")
         if not (half_life > 0 and math.isfinite(half_life)):
             raise InputError(f"DriftSchedule needs a finite half_life > 0 in rows, got {half_life}")
-        if not hasattr(detector, "update") or not hasattr(detector, "drift_detected"):
-            raise InputError(
-                f"DriftSchedule needs a detector with update(value) and drift_detected, got "
-                f"{type(detector).__name__}; give data.PageHinkley(mode='up')"
-            )
+        check_detector("DriftSchedule", detector)
         self._detector, self._half_life = detector, float(half_life)
         self._every = int(every)
         self._rows = self._since = 0
@@ -116,12 +117,6 @@ class DriftSchedule:
         Raises:
             CheckpointError: The detector has no ``state_dict``, as River's have none.
         """
-        save = getattr(self._detector, "state_dict", None)
-        if save is None:
-            raise CheckpointError(
-                f"{type(self._detector).__name__} has no state_dict, so this schedule cannot be "
-                "saved; use data.PageHinkley or data.ADWIN, which give River's answers"
-            )
         return {
             "half_life": self._half_life,
             "every": self._every,
@@ -129,14 +124,15 @@ class DriftSchedule:
             "rows": self._rows,
             "since": self._since,
             "drifts": self.drifts,
-            "detector": save(),
+            "detector": detector_state(self._detector, used=True),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave.
 
         Raises:
-            CheckpointError: It is of other settings or another detector; nothing was changed.
+            CheckpointError: It is damaged, or of other settings or another detector; nothing was
+                changed.
         """
         for name, own in (("half_life", self._half_life), ("every", self._every)):
             if state.get(name) != own:
@@ -144,7 +140,13 @@ class DriftSchedule:
                     f"this state of DriftSchedule has {name}={state.get(name)!r}, the one that "
                     f"loads it {own!r}; build it as the saved one was"
                 )
-        self._detector.load_state_dict(state["detector"])  # type: ignore[attr-defined]
-        self._rows, self._since = int(state["rows"]), int(state["since"])
-        self._part = [int(state["part"][0]), float(state["part"][1])]
-        self._drifts = [int(row) for row in state["drifts"]]
+        try:
+            rows, since = int(state["rows"]), int(state["since"])
+            part = [int(state["part"][0]), float(state["part"][1])]
+            drifts, detector = [int(row) for row in state["drifts"]], state["detector"]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"damaged state of DriftSchedule ({type(error).__name__}: {error})"
+            ) from error
+        load_detector(self._detector, detector)
+        self._rows, self._since, self._part, self._drifts = rows, since, part, drifts

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Literal, final
 
 from tessera.errors import InputError
 from tessera.profiler.measure import DEFAULT, Measurement, Meter, Reading
-from tessera.profiler.pace import Pace
+from tessera.profiler.pace import Pace, is_positive
 
 __all__ = ["Budget"]
 
@@ -66,7 +65,7 @@ class Budget:
                 "Budget needs a cap: Budget(ms=5), Budget(joules=0.1) or Budget(steps=20)"
             )
         for name, cap in (("ms", ms), ("joules", joules), ("steps", steps)):
-            if cap is not None and not _is_cap(cap):
+            if cap is not None and not is_positive(cap):
                 raise InputError(
                     f"Budget needs {name} > 0 and finite, got {cap!r}; leave it out for no cap"
                 )
@@ -129,11 +128,6 @@ class Budget:
         else:
             self._refused, self._patience = 0, min(4 * self._patience, _MOST_REFUSALS)
         return None
-
-
-def _is_cap(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
 
 
 def _crosses(cap: float | None, spent: float, pace: Pace) -> bool:

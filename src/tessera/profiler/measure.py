@@ -173,7 +173,7 @@ class Meter:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def _nvml() -> _Counter:

@@ -9,11 +9,18 @@ from typing import final
 
 from tessera.errors import InputError
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "is_positive"]
 
 _WINDOW = 512
 _RECENT = 8
 _ONE_IN = 200  # of so many units, one is left out as the scheduler's doing
+
+
+def is_positive(value: object) -> bool:
+    """Whether it is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value > 0
 
 
 @final

@@ -8,6 +8,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from tessera.errors import NonFiniteError
+
 __all__ = ["Standardize", "mlp", "small_mlp"]
 
 
@@ -92,6 +94,11 @@ class Standardize(nn.Module):
         seen = float(self.rows) + len(x)
         share = max(len(x) / seen, min(1.0, len(x) / self.memory))
         square, mean = torch.var_mean(x, 0, correction=0)
+        if not math.isfinite(square.sum()):
+            raise NonFiniteError(
+                "Standardize was given a batch that is not finite; its statistics stand. Leave "
+                "rows with NaN or infinite features out"
+            )
         gap = mean - self.mean
         self.mean.add_(gap, alpha=share)
         # The spread of a mixture: that within its two parts, and that between their means.

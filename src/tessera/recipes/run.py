@@ -41,7 +41,7 @@ def reseed(seed: int, *path: str | int) -> None:
     """
     key = random.key(seed, *path) >> 1
     torch.default_generator.manual_seed(key)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.cuda.manual_seed_all(key)
 
 

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tessera.errors import InputError, UnknownNameError, unknown_name
 from tessera.retrieval.hits import Hits
-from tessera.retrieval.store import Stored, read, write
+from tessera.retrieval.store import METRICS, Stored, read, write
 
 __all__ = ["Index"]
 
 Floats = npt.NDArray[np.float32]
 Encoder = Callable[[Sequence[Any]], Tensor]
 
-_METRICS = ("cosine", "dot")
 _CHUNK_ROWS = 1 << 16
 _ENCODED_AT_ONCE = 64
 _UNIT = 2.0**-24  # the rounding error of a float32 operation
@@ -64,8 +63,8 @@ class Index:
     def __init__(self, encoder: Encoder | None = None, *, dim: int, metric: str = "cosine") -> None:
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
             raise InputError(f"retrieval.Index needs a whole dim >= 1, got {dim!r}")
-        if metric not in _METRICS:
-            raise unknown_name("metric of retrieval.Index", metric, _METRICS)
+        if metric not in METRICS:
+            raise unknown_name("metric of retrieval.Index", metric, METRICS)
         self._encoder, self._dim, self._metric = encoder, dim, metric
         self._lock = threading.RLock()
         self._vectors: Floats = np.empty((0, dim), np.float32)  # grows by doubling
@@ -290,9 +289,12 @@ class Index:
             got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
             raise InputError(f"{who} needs vectors [n, {self._dim}], got {got}")
         rows = vectors.detach().to("cpu", torch.float64).numpy()
-        if not np.isfinite(rows).all():
-            bad = int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
-            raise InputError(f"{who}: vector {bad} has NaN or infinite numbers")
+        finite = np.isfinite(rows).all(1)
+        if self._metric == "dot":  # which keeps them as they are
+            finite &= (np.abs(rows) <= np.finfo(np.float32).max).all(1)
+        if not finite.all():
+            bad = int(np.flatnonzero(~finite)[0])
+            raise InputError(f"{who}: vector {bad} has NaN or infinite numbers, as float32")
         if self._metric == "cosine":
             lengths = np.linalg.norm(rows, axis=1, keepdims=True)
             if len(rows) and not lengths.min() > 0:

@@ -16,8 +16,9 @@ from torch import Tensor
 from tessera.errors import CheckpointError, InputError, MissingDataError
 from tessera.files import write_whole
 
-__all__ = ["Stored", "read", "write"]
+__all__ = ["METRICS", "Stored", "read", "write"]
 
+METRICS = ("cosine", "dot")
 _VERSION = 1
 _KINDS = {"vectors": torch.float32, "ids": torch.int64, "spaces": torch.int64}
 
@@ -84,26 +85,54 @@ def read(path: Path) -> Stored:
         raise MissingDataError(f"there is no index {path}; Index.save(path) writes one")
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header, names = file.metadata() or {}, sorted(file.keys())
+            if "tessera.index" not in header or names != sorted(_KINDS):
+                raise CheckpointError(f"{path} is no index of Tessera's: it holds {names}")
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no whole file of an index ({error})") from error
-    words = header.get("tessera.index")
-    if words is None or set(tensors) != set(_KINDS):
-        raise CheckpointError(f"{path} is no index of Tessera's")
+    words = header["tessera.index"]
     if header.get("sha256") != _digest(words, tensors):
         raise CheckpointError(f"{path} is damaged: its checksum differs. Restore it from a copy")
-    said = json.loads(words)
-    if said["version"] != _VERSION:
-        raise CheckpointError(
-            f"{path} is an index of version {said['version']}, this Tessera reads {_VERSION}"
+    # A checksum tells damage from data, not a forger's data from ours.
+    try:
+        said = json.loads(words)
+        if said["version"] != _VERSION:
+            raise CheckpointError(
+                f"{path} is an index of version {said['version']}, this Tessera reads {_VERSION}"
+            )
+        names, payloads, next_id = said["names"], said["payloads"], said["next_id"]
+        stored = Stored(
+            metric=said["metric"], names=names, payloads=payloads, next_id=next_id, **tensors
         )
-    return Stored(
-        metric=said["metric"],
-        names=said["names"],
-        payloads=said["payloads"],
-        next_id=said["next_id"],
-        **tensors,
+        fits = _fits(stored)
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index of Tessera's ({error!r})") from error
+    if not fits:
+        raise CheckpointError(f"{path} is no index of Tessera's: its parts do not fit together")
+    return stored
+
+
+def _fits(stored: Stored) -> bool:
+    """Whether an index could have written it."""
+    vectors, ids, spaces = stored.vectors, stored.ids, stored.spaces
+    if any(getattr(stored, name).dtype is not kind for name, kind in _KINDS.items()):
+        return False
+    if vectors.dim() != 2 or vectors.shape[1] < 1 or not bool(vectors.isfinite().all()):
+        return False
+    if not isinstance(stored.names, list) or not isinstance(stored.payloads, list):
+        return False
+    count, known = len(vectors), set(range(len(stored.names)))
+    return (
+        stored.metric in METRICS
+        and ids.shape == spaces.shape == (count,)
+        and len(stored.payloads) == count
+        and bool((ids.diff() > 0).all())
+        and type(stored.next_id) is int
+        and (not count or 0 <= int(ids[0]) <= int(ids[-1]) < stored.next_id)
+        and all(isinstance(name, str) for name in stored.names)
+        and len(set(stored.names)) == len(stored.names)
+        and set(spaces.tolist()) <= known
     )
 
 
