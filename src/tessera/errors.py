@@ -7,6 +7,7 @@ Each class also derives from the builtin one would expect, so ``except ValueErro
     ├── UnknownNameError  (LookupError)          no such recipe, scenario, stream, policy, ...
     ├── GraphError        (ValueError)           a step that is no graph; a damaged or unsafe graph
     ├── AnchorError       (ValueError)           an anchor that does not fit what it is used for
+    ├── DeltaError        (ValueError)           a delta that does not fit its base, or is damaged
     ├── MetricError       (ValueError)           a figure asked for before it was recorded
     ├── NonFiniteError    (FloatingPointError)   the loss became NaN or infinite
     ├── MissingDataError  (FileNotFoundError)    a data set that is not on this machine
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 __all__ = [
     "AnchorError",
     "CheckpointError",
+    "DeltaError",
     "GraphError",
     "InputError",
     "MetricError",
@@ -49,6 +51,10 @@ class UnknownNameError(TesseraError, LookupError):
 
 class AnchorError(TesseraError, ValueError):
     """An anchor does not fit the model or the penalty it is used with."""
+
+
+class DeltaError(TesseraError, ValueError):
+    """A delta does not fit the model it is laid over, or its tensors do not belong together."""
 
 
 class GraphError(TesseraError, ValueError):

@@ -1,0 +1,220 @@
+"""Many deltas in one tensor, a row for each: what a batch gathers from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tessera.arch.delta import Delta, split
+from tessera.errors import DeltaError, InputError
+
+__all__ = ["Stack"]
+
+_SHARED_INPUT = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+)  # siblings that a transformer calls with one and the same input
+_ROLES = {name: (family, at) for family in _SHARED_INPUT for at, name in enumerate(family)}
+
+
+@final
+class Stack:
+    """Deltas side by side, so that each row of a batch can have its own.
+
+    ``values[s]`` is all of delta s, its tensors one behind the other, so that attaching a delta is
+    writing one row. The A of siblings that share their input (query, key and value) lie together,
+    so that one product shrinks for all. Lower ranks, and what a delta does not have, are filled up
+    with what changes nothing. The last row is no delta: the base.
+
+    Args:
+        deltas: The deltas; copied. Any kinds. Slots are counted from 0 in this order.
+        slots: Room for at least so many deltas; further ones are `put`.
+        trainable: Keep the scales apart and make `values` a leaf, to fit all at once.
+
+    Raises:
+        InputError: There is no delta.
+        DeltaError: They are of different bases, or do not lie over a site in the same way.
+
+    Example:
+        >>> def of(change):
+        ...     tensors = {"A": torch.ones(1, 2), "B": torch.full((1, 1), change)}
+        ...     return Delta(kind="lora", tensors=tensors, scales={"": 1.0})
+        >>> stack = Stack([of(1.0), of(2.0)], slots=4)
+        >>> len(stack), stack.slots, stack.values.shape
+        (2, 4, torch.Size([5, 3]))
+    """
+
+    def __init__(self, deltas: Sequence[Delta], *, slots: int = 0, trainable: bool = False) -> None:
+        if not deltas or not all(isinstance(d, Delta) for d in deltas):
+            raise InputError("a stack needs at least one arch.Delta")
+        self.slots = max(slots, len(deltas))
+        self.trainable = trainable
+        self.base_hash = next((d.base_hash for d in deltas if d.base_hash), "")
+        self.shapes = dict(_shapes(deltas))
+        self.places: dict[str, int] = {}
+        total = 0
+        for name in sorted(self.shapes, key=_order):
+            self.places[name] = total
+            total += math.prod(self.shapes[name])
+        first = next(t for t in deltas[0].tensors.values() if t.is_floating_point())
+        self._base = torch.zeros(total, dtype=first.dtype, device=first.device)
+        for name in self.shapes:
+            if split(name)[1] in ("gain_in", "gain_out"):
+                self._view(self._base, name).fill_(1.0)
+        self.values = self._base.repeat(self.slots + 1, 1)
+        self.deltas: list[Delta | None] = [None] * self.slots
+        self.scales: dict[str, float] = {}
+        # How many virtual tokens each slot has; the base has none.
+        self.tokens = {k: [0] * (self.slots + 1) for k in ("prefix", "prompt") if k in self.shapes}
+        for slot, delta in enumerate(deltas):
+            self.put(slot, delta)
+        self.values.requires_grad_(trainable)
+
+    def __len__(self) -> int:
+        """How many slots hold a delta."""
+        return sum(delta is not None for delta in self.deltas)
+
+    def __repr__(self) -> str:
+        return f"Stack({len(self)} deltas, {self.slots} slots, {self.values.shape[1]} values each)"
+
+    def _view(self, row: Tensor, name: str) -> Tensor:
+        shape, at = self.shapes[name], self.places[name]
+        return torch.unflatten(row.narrow(-1, at, math.prod(shape)), -1, shape)
+
+    def siblings(self, name: str) -> list[str]:
+        """Of an A: the names of those that lie beside it, itself included; shrunk together."""
+        (parent, _, family, *_), wide = _order(name), self.shapes[name][1]
+        return [
+            other
+            for other in self.places
+            if _order(other)[:3] == (parent, "A", family) and self.shapes[other][1] == wide
+        ]
+
+    def put(self, slot: int, delta: Delta) -> None:
+        """Write a delta into a slot, over what was there; no call may be using that slot.
+
+        Raises:
+            InputError: There is no such slot.
+            DeltaError: It is of another base, or has a site, rank or kind this stack has no room
+                for. Nothing was written.
+        """
+        if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.slots:
+            raise InputError(f"the stack has slots 0 .. {self.slots - 1}, got {slot!r}")
+        if delta.base_hash and self.base_hash and delta.base_hash != self.base_hash:
+            raise DeltaError(
+                f"{delta!r} is of another base ({delta.base_hash[:12]}...) than the stack "
+                f"({self.base_hash[:12]}...)"
+            )
+        row = self._base.clone()
+        for name, tensor in delta.tensors.items():
+            self._write(row, name, tensor, delta)
+        for kind, counts in self.tokens.items():
+            counts[slot] = len(delta.tensors[kind]) if kind in delta.tensors else 0
+        with torch.no_grad():
+            self.values[slot].copy_(row)
+        self.deltas[slot] = delta
+
+    def _write(self, row: Tensor, name: str, tensor: Tensor, delta: Delta) -> None:
+        site, part = split(name)
+        if part in ("values", "mask"):
+            if name not in self.shapes:
+                self._no_room(name, tensor)
+            return
+        if name not in self.shapes or tensor.device != row.device:
+            self._no_room(name, tensor)
+        shape, value = self.shapes[name], tensor.detach()
+        if part == "B":
+            scale = delta.scales[site]
+            value = value.flatten(1).mT
+            if not self.trainable:
+                value = value * scale
+            elif self.scales.setdefault(site, scale) != scale:
+                raise DeltaError(
+                    f"deltas that are fitted together need one scale at {site!r}, got {scale} and "
+                    f"{self.scales[site]}"
+                )
+        grows = part in ("A", "B", "prefix", "prompt")
+        if value.shape[grows:] != shape[grows:] or (grows and len(value) > shape[0]):
+            self._no_room(name, value)
+        place = self._view(row, name)
+        (place[: len(value)] if grows else place).copy_(value)
+
+    def _no_room(self, name: str, tensor: Tensor) -> None:
+        shape = self.shapes.get(name)
+        raise DeltaError(
+            f"the stack has no room for {name!r} {tuple(tensor.shape)} on {tensor.device}: "
+            + (f"it keeps {shape} on {self.values.device}" if shape else "no delta in it has that")
+            + ". Make a new stack that has all of them"
+        )
+
+    def clear(self, slot: int) -> None:
+        """Take a delta out; its slot computes what the base does."""
+        if not 0 <= slot < self.slots:
+            raise InputError(f"the stack has slots 0 .. {self.slots - 1}, got {slot!r}")
+        with torch.no_grad():
+            self.values[slot].copy_(self._base)
+        self.deltas[slot] = None
+        for counts in self.tokens.values():
+            counts[slot] = 0
+
+    def fill(self, wholes: Mapping[str, Tensor]) -> None:
+        """Give slots without a head of their own the base's parameters, by "<parameter>.full"."""
+        with torch.no_grad():
+            for name, value in wholes.items():
+                self._view(self._base, name).copy_(value)
+                for slot, delta in enumerate([*self.deltas, None]):
+                    if delta is None or name not in delta.tensors:
+                        self._view(self.values[slot], name).copy_(value)
+
+    def unpack(self, slot: int) -> dict[str, Tensor]:
+        """Of a trainable stack the tensors of the delta in `slot`, shaped as the delta has them."""
+        delta = self.deltas[slot]
+        found = {}
+        for name, tensor in (delta.tensors if delta is not None else {}).items():
+            part = split(name)[1]
+            if part in ("values", "mask"):
+                continue
+            value = self._view(self.values[slot].detach(), name)
+            if part in ("A", "B", "prefix", "prompt"):
+                value = value[: tensor.shape[1] if part == "B" else len(tensor)]
+            found[name] = value.mT.reshape(tensor.shape) if part == "B" else value
+        return found
+
+
+def _order(name: str) -> tuple[str, str, tuple[str, ...], int, str]:
+    """A before B, and the A of siblings that share their input beside each other."""
+    site, part = split(name)
+    parent, _, own = site.rpartition(".")
+    family, at = _ROLES.get(own, ((own,), 0))
+    return parent, part, family, at, site
+
+
+def _shapes(deltas: Sequence[Delta]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name -> the shape that holds the tensor of every delta; B turned to [r, out]."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for delta in deltas:
+        for name, tensor in delta.tensors.items():
+            part = split(name)[1]
+            shape = tuple(tensor.shape)
+            if part == "B":
+                shape = (tensor.shape[1], tensor.shape[0])
+            elif part in ("values", "mask"):
+                shape = (0,)  # these stay with their delta: see arch.rows
+            found.setdefault(name, []).append(shape)
+    for name, shapes in found.items():
+        part = split(name)[1]
+        grows = part in ("A", "B", "prefix", "prompt")
+        if len({s[grows:] for s in shapes}) != 1:
+            raise DeltaError(
+                f"the deltas do not have {name!r} in common shapes: {sorted(set(shapes))[:4]}"
+            )
+        most = max(s[0] for s in shapes) if shapes[0] else 0
+        yield name, ((most, *shapes[0][1:]) if grows else shapes[0])
