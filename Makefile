@@ -27,7 +27,7 @@ $(STAMP): requirements.lock pyproject.toml
 		echo 'no virtual environment could be made; on Debian and Ubuntu: apt-get install python3-venv' >&2; \
 		exit 1; }
 	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
-	$(PY) -m pip install --quiet -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps -r requirements.lock
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 

@@ -26,7 +26,11 @@ def machine() -> str:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int = 11, repeats: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 11,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call, by variant and round: each round runs every variant once, in turn.
 
@@ -38,10 +42,10 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, f in variants.items():
-            begun = time.perf_counter()
+            begun = clock()
             for _ in range(repeats):
                 f()
-            times[name].append((time.perf_counter() - begun) / repeats)
+            times[name].append((clock() - begun) / repeats)
     return times
 
 

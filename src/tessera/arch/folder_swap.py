@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import secrets
-import shutil
 import stat
 import sys
 import time
@@ -119,7 +118,7 @@ def _fill(fresh: Path, files: Mapping[str, bytes], target: Path) -> None:
     if target.is_dir():
         fresh.chmod(stat.S_IMODE(target.stat().st_mode))
         if (target / _README).is_file() and not (target / _README).is_symlink():
-            shutil.copyfile(target / _README, fresh / _README)
+            files = {**files, _README: (target / _README).read_bytes()}
     for name, content in files.items():
         with open(fresh / name, "xb") as file:
             file.write(content)

@@ -36,7 +36,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
     inside["_buffers"] = buffers.copy()
     # What `module.compile()` left behind would run the base.
     inside["_compiled_call_impl"] = None
-    twin.__dict__ = inside
+    object.__setattr__(twin, "__dict__", inside)  # nn.Module's own would look for parameters
     return twin
 
 

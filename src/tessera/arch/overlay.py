@@ -163,7 +163,7 @@ def seat_virtual(
                 f"which modules take it; make it with peft.{kind}(model, ...)"
             )
         for layer, site in enumerate(next(iter(sites))):
-            if site not in dict(model.named_modules()):
+            if site not in base.named(model):
                 raise DeltaError(f"the {kind} lies over {site!r}, which this model lacks")
             if kind == "prompt" or site not in prefixed:
                 seat = partial(conditioned, virtual=virtual, layer=layer)
@@ -196,7 +196,7 @@ def shadow_tree(
             the shadow.
     """
     twins: dict[int, nn.Module] = {}
-    names = {id(m): n for n, m in model.named_modules()} if seats else {}
+    names = {id(m): n for n, m in base.named(model).items()} if seats else {}
 
     def visit(module: nn.Module) -> nn.Module:
         known = twins.get(id(module))

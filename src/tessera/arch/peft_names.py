@@ -150,6 +150,8 @@ def reader(field: str, patterns: Mapping[str, Any], default: Any) -> Callable[[s
             (whole if key.startswith("^") else ending).setdefault(name, order)
 
     def read(name: str) -> Any:
+        if not values:
+            return default
         steps = name.split(".")
         found = [ending[e] for i in range(len(steps)) if (e := ".".join(steps[i:])) in ending]
         found += [order for order, pattern in free if pattern.match(name)]
@@ -178,8 +180,10 @@ def is_target(modules: Any, name: str) -> bool | None:
     return any(name == n or name.endswith(f".{n}") for n in _listed("target_modules", modules))
 
 
-def is_feedforward(modules: Any, name: str) -> bool:
+def is_feedforward(modules: Any, name: str) -> bool | None:
     """Whether `feedforward_modules` takes `name`: by plain endings, not by steps of the path.
+
+    None where a pattern would take too long to tell.
 
     Example:
         >>> is_feedforward(["ense"], "output.dense")
@@ -190,6 +194,8 @@ def is_feedforward(modules: Any, name: str) -> bool:
         names = _literals(modules)
         if names is not None:
             return name in names
+        if _costly(modules):
+            return None
         return _compiled(modules, modules, field).fullmatch(name) is not None
     return any(name.endswith(n) for n in _listed(field, modules or []))
 
@@ -232,8 +238,13 @@ def _literals(pattern: str) -> list[str] | None:
     return names
 
 
+def _costly(pattern: str) -> bool:
+    free = len(_FREE.findall(pattern))
+    return len(pattern) > _MAX_PATTERN or free > 1 or _LOOKING.search(pattern) is not None
+
+
 def _compiled(whole: str, pattern: str, field: str) -> re.Pattern[str]:
-    if len(pattern) > _MAX_PATTERN or len(_FREE.findall(pattern)) > 1 or _LOOKING.search(pattern):
+    if _costly(pattern):
         raise DeltaError(
             f"adapter_config.json: {field} has a pattern that may take too long to match, "
             f"{pattern[:60]!r}. Write out the modules' names instead"

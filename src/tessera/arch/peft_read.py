@@ -75,6 +75,7 @@ def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Content:
         'prompt'
     """
     said = config.get("peft_type")
+    tensors = dict(sorted(tensors.items()))  # so that the first to be refused is always the same
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, own=isinstance(said, str) and said.startswith(OWN))
     if isinstance(said, str) and said.startswith(OWN):
@@ -303,15 +304,15 @@ def _read_ia3(
             raise DeltaError(
                 f"the adapter's {key!r} is {shape}; ia3_l is [out, 1], [1, in] or [1, n, 1, ...]"
             )
+        before = said = is_feedforward(feedforward, site)
         if spatial:
             types[site] = f"Conv{spatial}d"
-            before = is_feedforward(feedforward, site)
-            fits = shape[1] == tensor.numel()
+            fits = shape[1] == tensor.numel() and said is not None
         else:
-            before = shape[0] == 1 and (shape[1] > 1 or is_feedforward(feedforward, site))
-            # A pattern we cannot weigh is left to the shape, which says it too.
-            fits = not isinstance(feedforward, list) or shape == (1, 1)
-            fits = fits or is_feedforward(feedforward, site) == before
+            if said is None or shape != (1, 1):
+                before = shape[0] == 1
+            # A pattern too costly to match is left to the shape, which says it too.
+            fits = said in (None, before) and (said is not None or shape != (1, 1))
         if not fits:
             raise DeltaError(
                 f"the adapter's {key!r} is {shape}, which is not what feedforward_modules in "

@@ -69,6 +69,12 @@ def _sites(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted({site for site, _, part in split if site and part != "full"})
 
 
+def _types(info: Mapping[str, Any]) -> dict[str, str]:
+    """`layer_types`; a folder from elsewhere may have put anything there."""
+    said = info.get("layer_types")
+    return {k: v for k, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
+
+
 def _expressible(content: Content) -> bool:
     """Whether PEFT's format can say it."""
     info, tensors = content.info, content.tensors
@@ -76,7 +82,7 @@ def _expressible(content: Content) -> bool:
         return False
     if content.kind == "prefix" and not {"layers", "heads"} <= set(info):
         return False
-    sites, types = _sites(tensors), info.get("layer_types", {})
+    sites, types = _sites(tensors), _types(info)
     if content.kind in ("lora", "ia3") and not sites:
         return False
     for name in tensors:
@@ -99,7 +105,7 @@ def _expressible(content: Content) -> bool:
 
 
 def _key(content: Content, site: str, part: str, tensor: Tensor) -> tuple[str, Tensor]:
-    kinds = content.info.get("layer_types", {})
+    kinds = _types(content.info)
     if part in ("prefix", "prompt"):
         return "prompt_embeddings", tensor
     if part in ("A", "B"):
@@ -116,7 +122,7 @@ def _lora_config(content: Content, sites: list[str]) -> dict[str, Any]:
     ranks = {site: len(content.tensors[f"{site}.A"]) for site in sites}
     alphas = {site: _whole(content.scales[site] * ranks[site]) for site in sites}
     r, alpha = _commonest(ranks) or 8, _commonest(alphas) or 8
-    kinds = set(content.info.get("layer_types", {}).values())
+    kinds = set(_types(content.info).values())
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -149,7 +155,7 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 
 def _ia3_config(content: Content, sites: list[str]) -> dict[str, Any]:
     before = [site for site in sites if f"{site}.gain_in" in content.tensors]
-    kinds = set(content.info.get("layer_types", {}).values())
+    kinds = set(_types(content.info).values())
     return {
         "target_modules": targets(sites),
         # PEFT takes a list for plain endings here: only a pattern is exact.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import final
+from typing import NoReturn, final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _SHARED_INPUT = (
     ("q", "k", "v"),
     ("gate_proj", "up_proj"),
 )  # siblings that a transformer calls with one and the same input
+_GROWING = ("A", "B", "prefix", "prompt")  # a smaller rank, fewer tokens: zeros fill it up
 _ROLES = {name: (family, at) for family in _SHARED_INPUT for at, name in enumerate(family)}
 
 
@@ -86,8 +87,9 @@ class Stack:
         return f"Stack({len(self)} deltas, {self.slots} slots, {self.values.shape[1]} values each)"
 
     def _view(self, row: Tensor, name: str) -> Tensor:
-        shape, at = self.shapes[name], self.places[name]
-        return torch.unflatten(row.narrow(-1, at, math.prod(shape)), -1, shape)
+        shape = self.shapes[name]
+        piece = row.narrow(-1, self.places[name], math.prod(shape))
+        return piece.view(*row.shape[:-1], *shape)
 
     def siblings(self, name: str) -> list[str]:
         """Of an A: the names of those that lie beside it, itself included; shrunk together."""
@@ -113,41 +115,61 @@ class Stack:
                 f"{delta!r} is of another base ({delta.base_hash[:12]}...) than the stack "
                 f"({self.base_hash[:12]}...)"
             )
-        row = self._base.clone()
+        whole = len(delta.tensors) == len(self.shapes)
         for name, tensor in delta.tensors.items():
-            self._write(row, name, tensor, delta)
+            whole &= self._check(name, tensor, delta)
+        with torch.no_grad():
+            row = self.values[slot]
+            if not whole:
+                row.copy_(self._base)
+            for name, tensor in delta.tensors.items():
+                self._write(row, name, tensor, delta)
         for kind, counts in self.tokens.items():
             counts[slot] = len(delta.tensors[kind]) if kind in delta.tensors else 0
-        with torch.no_grad():
-            self.values[slot].copy_(row)
         self.deltas[slot] = delta
 
-    def _write(self, row: Tensor, name: str, tensor: Tensor, delta: Delta) -> None:
+    def _check(self, name: str, tensor: Tensor, delta: Delta) -> bool:
+        """Raise unless there is room for a tensor; whether it fills all of it."""
+        shape = self.shapes.get(name)
+        if shape is None or tensor.device != self.values.device:
+            self._no_room(name, tensor)
         site, part = split(name)
         if part in ("values", "mask"):
-            if name not in self.shapes:
+            return True  # stays with the delta: see arch.rowwise
+        own = (tensor.shape[1], tensor.shape[0]) if part == "B" else tuple(tensor.shape)
+        if own == shape:
+            fills = True
+        else:
+            fills = False
+            grows = part in _GROWING
+            if own[grows:] != shape[grows:] or (grows and own[0] > shape[0]):
                 self._no_room(name, tensor)
-            return
-        if name not in self.shapes or tensor.device != row.device:
-            self._no_room(name, tensor)
-        shape, value = self.shapes[name], tensor.detach()
-        if part == "B":
+        if part == "B" and self.trainable:
             scale = delta.scales[site]
-            value = value.flatten(1).mT
-            if not self.trainable:
-                value = value * scale
-            elif self.scales.setdefault(site, scale) != scale:
+            if self.scales.setdefault(site, scale) != scale:
                 raise DeltaError(
                     f"deltas that are fitted together need one scale at {site!r}, got {scale} and "
                     f"{self.scales[site]}"
                 )
-        grows = part in ("A", "B", "prefix", "prompt")
-        if value.shape[grows:] != shape[grows:] or (grows and len(value) > shape[0]):
-            self._no_room(name, value)
-        place = self._view(row, name)
-        (place[: len(value)] if grows else place).copy_(value)
+        return fills
 
-    def _no_room(self, name: str, tensor: Tensor) -> None:
+    def _write(self, row: Tensor, name: str, tensor: Tensor, delta: Delta) -> None:
+        site, part = split(name)
+        if part in ("values", "mask"):
+            return
+        place = self._view(row, name)
+        if part in _GROWING:
+            place = place[: tensor.shape[1] if part == "B" else tensor.shape[0]]
+        if part != "B":
+            place.copy_(tensor)
+            return
+        turned = (tensor if tensor.dim() == 2 else tensor.flatten(1)).mT
+        if self.trainable or delta.scales[site] == 1.0:
+            place.copy_(turned)
+        else:
+            torch.mul(turned, delta.scales[site], out=place)
+
+    def _no_room(self, name: str, tensor: Tensor) -> NoReturn:
         shape = self.shapes.get(name)
         raise DeltaError(
             f"the stack has no room for {name!r} {tuple(tensor.shape)} on {tensor.device}: "
@@ -183,7 +205,7 @@ class Stack:
             if part in ("values", "mask"):
                 continue
             value = self._view(self.values[slot].detach(), name)
-            if part in ("A", "B", "prefix", "prompt"):
+            if part in _GROWING:
                 value = value[: tensor.shape[1] if part == "B" else len(tensor)]
             found[name] = value.mT.reshape(tensor.shape) if part == "B" else value
         return found
@@ -211,7 +233,7 @@ def _shapes(deltas: Sequence[Delta]) -> Iterator[tuple[str, tuple[int, ...]]]:
             found.setdefault(name, []).append(shape)
     for name, shapes in found.items():
         part = split(name)[1]
-        grows = part in ("A", "B", "prefix", "prompt")
+        grows = part in _GROWING
         if len({s[grows:] for s in shapes}) != 1:
             raise DeltaError(
                 f"the deltas do not have {name!r} in common shapes: {sorted(set(shapes))[:4]}"

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from tessera.arch.base import named
 from tessera.arch.delta import Delta, split
 from tessera.errors import DeltaError, InputError, UnknownNameError
 
@@ -141,7 +142,7 @@ def gather_terms(model: nn.Module, deltas: Sequence[Weighted]) -> dict[str, Term
         DeltaError: A tensor's shape or device does not fit the module.
         InputError: A module is of a kind that cannot be changed so.
     """
-    modules = dict(model.named_modules())
+    modules = named(model)
     found: dict[str, Terms] = {}
     for delta, weight in deltas:
         for name in delta.tensors:
