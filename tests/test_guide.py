@@ -12,7 +12,7 @@ from torch import nn
 
 import tessera.data
 import tessera.opt
-from tessera import arch, graph, loss, ops
+from tessera import arch, graph, loss, ops, peft
 from tessera.data import Batch
 from tessera.recipes import Settings, learn
 
@@ -63,6 +63,19 @@ def continual(batch):
     task = T.cross_entropy(logits, y)
     reg  = loss.ewc(model, anchor, lam=5e-3)
     return task + reg
+"""
+
+FEW_SHOTS = """
+# 3-shot adaptation at inference
+delta = peft.lora(model, r=8)
+peft.fit(delta, shots)           # tiny inner loop on support examples
+yhat = peft.apply(model, delta)(x_query)
+"""
+
+OVERLAY = """
+delta = peft.lora(model.layers.attn, r=8, alpha=16)
+peft.fit(delta, support_batch, steps=20, lr=5e-3)   # quick inner loop
+pred = peft.apply(model, delta)(query.x)
 """
 
 
@@ -118,6 +131,35 @@ def test_rehearsal_mixes_a_quarter(names: dict[str, Any]) -> None:
     assert names["y_mix"].dtype == torch.int64
 
 
+def test_three_shots_are_learned() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    shots = Batch(torch.randn(3, 8), torch.tensor([0, 1, 2]))
+    d = {"model": model, "shots": shots, "x_query": shots.x, "peft": peft}
+    run(FEW_SHOTS, d)
+    assert d["yhat"].argmax(1).tolist() == [0, 1, 2]
+    assert model(shots.x).argmax(1).tolist() != [0, 1, 2]
+
+
+def test_a_part_of_a_model_is_fitted() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Module()
+            self.layers.attn = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.layers.attn(x)))
+
+    model = Layers()
+    arch.root(model)
+    batch = Batch(torch.randn(6, 8), torch.tensor([0, 1, 2, 0, 1, 2]))
+    d = {"model": model, "support_batch": batch, "query": batch, "peft": peft}
+    before = ops.cross_entropy(model(batch.x), batch.y)
+    run(OVERLAY, d)
+    assert ops.cross_entropy(d["pred"], batch.y) < 0.9 * before
+
+
 def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs" / "guide" / "learn.md").read_text()
     block = next(b for b in page.split("```python\n")[1:] if b.startswith("# mine.py"))
@@ -128,7 +170,7 @@ def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
 
 PAGES = (
     *("ir", "replay", "durable-store", "generative-replay", "streams", "online", "budgets"),
-    *("streaming-statistics", "retrieval"),
+    *("streaming-statistics", "retrieval", "deltas"),
 )
 
 
