@@ -1,4 +1,4 @@
-"""Deltas over transformers models, small ones drawn at random; PEFT itself is in test_peft_interop."""
+"""Deltas over transformers models, small ones drawn at random; PEFT: test_peft_interop."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ class Delta:
         scales: "lora" only: site -> scale.
         base_hash: `arch.base_hash` of the model it was made for; "" if that is not known.
         info: Plain values that travel with it: of "prefix" ``layers``, ``heads`` and, over
-            `nn.MultiheadAttention`, ``sites``; names of classes; whatever the user adds.
+            `nn.MultiheadAttention`, ``sites``; for PEFT's folder ``layer_types``, site ->
+            "Embedding" or "Conv2d" where it lies over one; whatever else the user adds.
 
     Raises:
         DeltaError: The tensors do not belong together; the message names the tensor.

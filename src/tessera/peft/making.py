@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tessera.arch import Delta, base_hash
 from tessera.arch.base import placement, root_of
+from tessera.arch.delta import split
+from tessera.arch.peft_names import layer_types
 from tessera.arch.sites import matching
 from tessera.errors import InputError, UnknownNameError
 
@@ -48,6 +50,11 @@ def made(
     facts = dict(info or {})
     if "sites" in facts:
         facts["sites"] = [(start + site).rstrip(".") for site in facts["sites"]]
+    # PEFT names what lies over an embedding or a convolution in another way; tensors do not tell.
+    over = {split(n)[0] for n in named if split(n)[1] in ("A", "gain_in", "gain_out")}
+    types = layer_types(whole, over)
+    if types:
+        facts["layer_types"] = types
     return Delta(
         kind=kind,
         tensors={n: t.requires_grad_(t.is_floating_point()) for n, t in named.items()},
