@@ -148,6 +148,18 @@ def test_put_where_rows_are_computed_in_turn(net, tokens, moved):
     assert torch.allclose(applied(tokens, rows=rows), peft.apply(net, second)(tokens), atol=1e-5)
 
 
+def test_what_there_is_room_for_is_computed_though_no_delta_has_it_yet(net, tokens, moved):
+    """Else a delta that is put there later would silently be the base."""
+    wide = [moved(peft.lora(net, 2)), moved(peft.prefix(net, 2), 1), moved(peft.mask(net, "norm"))]
+    stack = Stack([wide[0]], slots=3, room=peft.stack(wide).layout)
+    stack.clear(0)
+    applied = peft.apply(net, stack)
+    for slot, delta in enumerate(wide):
+        stack.put(slot, delta.snapshot())
+        rows = torch.full((6,), slot)
+        assert torch.allclose(applied(tokens, rows=rows), peft.apply(net, delta)(tokens), atol=1e-5)
+
+
 def test_stack_holds_snapshots(net, tokens, moved):
     delta = moved(peft.lora(net, 2))
     applied = peft.apply(net, peft.stack([delta]))

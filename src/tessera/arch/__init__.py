@@ -6,13 +6,14 @@ from tessera.arch.base import base_hash, root
 from tessera.arch.delta import Delta
 from tessera.arch.overlay import overlay
 from tessera.arch.rows import StackedModel
-from tessera.arch.stack import Stack
+from tessera.arch.stack import Layout, Stack
 from tessera.arch.streaming import StreamNorms, stream_norms
 from tessera.arch.take import anchor_from
 
 __all__ = [
     "Anchor",
     "Delta",
+    "Layout",
     "Stack",
     "StackedModel",
     "StreamNorms",

@@ -16,7 +16,7 @@ from tessera.arch.overlaid import bare_copy, overlaid
 from tessera.arch.terms import Weighted, gather_terms
 from tessera.errors import DeltaError, InputError
 
-__all__ = ["overlay", "placed", "shadow_tree"]
+__all__ = ["Seats", "Tokens", "overlay", "placed", "require_width", "seat_virtual", "shadow_tree"]
 
 
 def overlay(model: nn.Module, deltas: Sequence[Weighted], *, frozen: bool = False) -> nn.Module:
@@ -50,7 +50,14 @@ def overlay(model: nn.Module, deltas: Sequence[Weighted], *, frozen: bool = Fals
     here = [(placed(delta, model), _weight(weight)) for delta, weight in deltas]
     terms = gather_terms(model, here)
     seats: Seats = {name: [partial(overlaid, terms=t)] for name, t in terms.items()}
-    seat_virtual(model, [d for d, _ in here], Tokens(here), seats)
+    require_width(model, [d for d, _ in here])
+    kinds = {
+        kind: tuple(d.info.get("sites", ()))
+        for kind in ("prefix", "prompt")
+        for d, _ in here
+        if kind in d.tensors
+    }
+    seat_virtual(model, kinds, Tokens(here), seats)
     return shadow_tree(model, seats, frozen=frozen)
 
 
@@ -136,33 +143,35 @@ class Tokens:
 
 def seat_virtual(
     model: nn.Module,
-    deltas: Sequence[Delta],
+    kinds: Mapping[str, Sequence[str]],
     virtual: Virtual,
     seats: Seats,
     prefixed: Collection[str] = (),
 ) -> None:
-    """Enter into `seats` the modules that must see virtual tokens, if a delta has any.
+    """Enter into `seats` the modules that must see virtual tokens.
 
-    Attention layers in `prefixed` see to their prefixes themselves.
+    Args:
+        model: The base.
+        kinds: "prefix", "prompt": those there are -> the modules that take it; in a transformers
+            model that is known.
+        virtual: Where they come from.
+        seats: Module's name -> what is done to its copy.
+        prefixed: Attention layers that see to their prefixes themselves.
 
     Raises:
-        DeltaError: A prefix or prompt does not fit the model.
+        DeltaError: The model has no place for them.
     """
-    having = [(kind, d) for kind in ("prefix", "prompt") for d in deltas if kind in d.tensors]
-    name = backbone(model) if having else None
+    name = backbone(model) if kinds else None
     if name is not None:
-        for kind, delta in having:
-            _require_width(model.get_submodule(name), kind, delta)
         seats.setdefault(name, []).append(partial(conditioned, virtual=virtual))
         return
-    for kind in dict.fromkeys(kind for kind, _ in having):
-        sites = {tuple(d.info.get("sites", ())) for k, d in having if k == kind}
-        if len(sites) != 1 or not next(iter(sites)):
+    for kind, sites in kinds.items():
+        if not sites:
             raise DeltaError(
                 f"this model is none of transformers, and the {kind} does not say (info['sites']) "
                 f"which modules take it; make it with peft.{kind}(model, ...)"
             )
-        for layer, site in enumerate(next(iter(sites))):
+        for layer, site in enumerate(sites):
             if site not in base.named(model):
                 raise DeltaError(f"the {kind} lies over {site!r}, which this model lacks")
             if kind == "prompt" or site not in prefixed:
@@ -170,17 +179,35 @@ def seat_virtual(
                 seats.setdefault(site, []).append(seat)
 
 
-def _require_width(module: Any, kind: str, delta: Delta) -> None:
+def require_width(model: nn.Module, deltas: Sequence[Delta]) -> None:
+    """Raise DeltaError unless virtual tokens are as wide as the model takes them."""
+    having = [(k, d) for k in ("prefix", "prompt") for d in deltas if k in d.tensors]
+    sites = {kind: tuple(d.info.get("sites", ())) for kind, d in having}
+    for kind, delta in having:
+        if tuple(delta.info.get("sites", ())) != sites[kind]:
+            raise DeltaError(f"two deltas have a {kind} over different modules")
+        wanted = _width(model, kind, sites[kind])
+        if wanted is not None and delta.tensors[kind].shape[1] != wanted:
+            raise DeltaError(
+                f"the {kind!r} {tuple(delta.tensors[kind].shape)} does not fit "
+                f"{type(model).__name__}: a virtual token has {wanted} numbers there"
+            )
+
+
+def _width(model: nn.Module, kind: str, sites: Sequence[str]) -> int | None:
+    name = backbone(model)
+    if name is None:
+        modules = [base.named(model).get(site) for site in sites]
+        if kind == "prompt":
+            widths = [m.embedding_dim for m in modules if isinstance(m, nn.Embedding)]
+            return widths[0] if widths else None
+        heads = [m.embed_dim for m in modules if isinstance(m, nn.MultiheadAttention)]
+        return 2 * sum(heads) or None
+    body: Any = model.get_submodule(name)
     if kind == "prompt":
-        wanted = module.get_input_embeddings().weight.shape[1]
-    else:
-        layers, heads, size = heads_of(module)
-        wanted = 2 * layers * heads * size
-    if delta.tensors[kind].shape[1] != wanted:
-        raise DeltaError(
-            f"the {kind!r} {tuple(delta.tensors[kind].shape)} does not fit "
-            f"{type(module).__name__}: a virtual token has {wanted} numbers there"
-        )
+        return int(body.get_input_embeddings().weight.shape[1])
+    layers, groups, size = heads_of(body)
+    return 2 * layers * groups * size
 
 
 def shadow_tree(

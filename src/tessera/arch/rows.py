@@ -9,12 +9,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from tessera.arch.delta import Delta, split
-from tessera.arch.overlay import Seats, placed, seat_virtual, shadow_tree
+from tessera.arch.base import named
+from tessera.arch.delta import split
+from tessera.arch.overlay import Seats, placed, require_width, seat_virtual, shadow_tree
 from tessera.arch.rowwise import Call, by_rows, by_segments, inside
 from tessera.arch.stack import Stack
-from tessera.arch.terms import Terms, family, gather_terms, owner
-from tessera.errors import DeltaError, InputError
+from tessera.arch.terms import gather_terms, owner
+from tessera.errors import DeltaError, InputError, UnknownNameError
 from tessera.ops.registry import transformed
 
 __all__ = ["StackedModel"]
@@ -27,6 +28,7 @@ class StackedModel:
     Any number of threads may call it; each call has a shadow of its own.
 
     Example:
+        >>> from tessera.arch import Delta
         >>> tensors = {"A": torch.ones(1, 2), "B": torch.ones(1, 1)}
         >>> stack = Stack([Delta(kind="lora", tensors=tensors, scales={"": 1.0})])
         >>> base = nn.Linear(2, 1, bias=False)
@@ -39,7 +41,6 @@ class StackedModel:
         self._stack = stack
         self._model = shadow_tree(model, {})  # keeps the base's tensors, not the base
         self._seats: dict[str, partial[nn.Module]] = {}
-        self._present: list[Delta] = []
         self._turns: set[str] = set()
         self._plan(model)
         self._first = self._shadow()
@@ -91,11 +92,19 @@ class StackedModel:
         both = zip(here, stack.deltas, strict=True)
         if any(h and d and set(h.tensors) != set(d.tensors) for h, d in both):
             raise DeltaError("a stack must be laid over the whole its deltas were made for")
-        each = [{} if d is None else gather_terms(model, [(d, 1.0)]) for d in here]
-        sites = dict.fromkeys(name for terms in each for name in terms)
-        self._present = [d for d in here if d is not None]
-        for site in sites:
-            if not _grouped(model, site, [terms[site] for terms in each if site in terms]):
+        for delta in here:
+            if delta is not None:
+                gather_terms(model, [(delta, 1.0)])  # every tensor fits its module
+        require_width(model, [d for d in here if d is not None])
+        # What there is room for is computed, whether a delta has it now or is put there later.
+        parts: dict[str, set[str]] = {}
+        for name in stack.shapes:
+            if split(name)[1] not in ("prefix", "prompt"):
+                parts.setdefault(owner(name), set()).add(split(name)[1])
+        for site, has in parts.items():
+            if site not in named(model):
+                raise UnknownNameError(f"{stack!r} lies over {site!r}, which this model lacks")
+            if "values" in has or not _plain(model.get_submodule(site)):
                 self._turns.add(site)
             # What is in an attention layer is read by it, not called.
             self._turns.update(_attention_above(model, site))
@@ -109,22 +118,24 @@ class StackedModel:
                     "be fitted together; fit them one by one"
                 )
             self._seats[site] = partial(by_segments, site=site)
-        for site in sites:
+        for site, has in parts.items():
             if any(inside(site, other) is not None for other in self._turns):
                 continue
-            parts = {split(n)[1] for n in stack.shapes if split(n)[0] == site}
             for name in stack.shapes:
                 if owner(name) == site and split(name)[1] == "full":
                     own = split(split(name)[0])[1]
                     wholes[name] = model.get_submodule(site).get_parameter(own)
-                    parts.add(f"full.{own}")
-            self._seats[site] = partial(by_rows, site=site, parts=frozenset(parts))
+                    has.add(f"full.{own}")
+            self._seats[site] = partial(by_rows, site=site, parts=frozenset(has))
         stack.fill(wholes)
 
     def _shadow(self) -> tuple[Call, nn.Module]:
         call = Call(self._stack)
         seats: Seats = {n: [partial(seat, call=call)] for n, seat in self._seats.items()}
-        seat_virtual(self._model, self._present, _RowTokens(call), seats, self._turns)
+        kinds: dict[str, Sequence[str]] = {
+            kind: self._stack.sites.get(kind, ()) for kind in self._stack.tokens
+        }
+        seat_virtual(self._model, kinds, _RowTokens(call), seats, self._turns)
         for name, module in self._model.named_modules():
             # PyTorch's fused encoder reads weights, and these differ from row to row.
             if isinstance(module, nn.TransformerEncoderLayer):
@@ -139,11 +150,9 @@ def _set(twin: nn.Module, **values: Any) -> nn.Module:
     return twin
 
 
-def _grouped(model: nn.Module, site: str, terms: Sequence[Terms]) -> bool:
-    """Whether all rows of a site are computed at once: a plain linear layer without masks."""
-    module = model.get_submodule(site)
-    plain = family(module) == "linear" and type(module).forward is nn.Linear.forward
-    return plain and not any(t.changes for t in terms)
+def _plain(module: nn.Module) -> bool:
+    """Whether all rows of a module are computed at once: a linear layer as PyTorch has it."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _attention_above(model: nn.Module, site: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn, final
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tessera.arch.delta import Delta, split
 from tessera.errors import DeltaError, InputError
 
-__all__ = ["Stack"]
+__all__ = ["Layout", "Stack"]
 
 _SHARED_INPUT = (
     ("query", "key", "value"),
@@ -27,6 +28,20 @@ _ROLES = {name: (family, at) for family in _SHARED_INPUT for at, name in enumera
 
 
 @final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Layout:
+    """What a stack has room for, and hence what is computed for each row.
+
+    Attributes:
+        shapes: Name of a tensor -> the shape that holds it; B as [r, out].
+        sites: "prefix", "prompt" -> the modules that take it; none in a transformers model.
+    """
+
+    shapes: Mapping[str, Sequence[int]]
+    sites: Mapping[str, Sequence[str]]
+
+
+@final
 class Stack:
     """Deltas side by side, so that each row of a batch can have its own.
 
@@ -38,6 +53,7 @@ class Stack:
     Args:
         deltas: The deltas; copied. Any kinds. Slots are counted from 0 in this order.
         slots: Room for at least so many deltas; further ones are `put`.
+        room: Another stack's `layout`: room for at least what that has.
         trainable: Keep the scales apart and make `values` a leaf, to fit all at once.
 
     Raises:
@@ -53,13 +69,21 @@ class Stack:
         (2, 4, torch.Size([5, 3]))
     """
 
-    def __init__(self, deltas: Sequence[Delta], *, slots: int = 0, trainable: bool = False) -> None:
+    def __init__(
+        self,
+        deltas: Sequence[Delta],
+        *,
+        slots: int = 0,
+        room: Layout | None = None,
+        trainable: bool = False,
+    ) -> None:
         if not deltas or not all(isinstance(d, Delta) for d in deltas):
             raise InputError("a stack needs at least one arch.Delta")
         self.slots = max(slots, len(deltas))
         self.trainable = trainable
         self.base_hash = next((d.base_hash for d in deltas if d.base_hash), "")
-        self.shapes = dict(_shapes(deltas))
+        self.shapes = dict(_shapes(deltas, room.shapes if room else {}))
+        self.sites = dict(room.sites) if room else {}
         self.places: dict[str, int] = {}
         total = 0
         for name in sorted(self.shapes, key=_order):
@@ -78,6 +102,11 @@ class Stack:
         for slot, delta in enumerate(deltas):
             self.put(slot, delta)
         self.values.requires_grad_(trainable)
+
+    @property
+    def layout(self) -> Layout:
+        """What there is room for."""
+        return Layout(shapes=dict(self.shapes), sites=dict(self.sites))
 
     def __len__(self) -> int:
         """How many slots hold a delta."""
@@ -100,6 +129,15 @@ class Stack:
             if _order(other)[:3] == (parent, "A", family) and self.shapes[other][1] == wide
         ]
 
+    def has_room(self, delta: Delta) -> bool:
+        """Whether `put` would take it."""
+        try:
+            for name, tensor in delta.tensors.items():
+                self._check(name, tensor, delta)
+        except DeltaError:
+            return False
+        return True
+
     def put(self, slot: int, delta: Delta) -> None:
         """Write a delta into a slot, over what was there; no call may be using that slot.
 
@@ -118,6 +156,9 @@ class Stack:
         whole = len(delta.tensors) == len(self.shapes)
         for name, tensor in delta.tensors.items():
             whole &= self._check(name, tensor, delta)
+        for kind in self.tokens:
+            if kind in delta.tensors:
+                self.sites[kind] = tuple(delta.info.get("sites", ()))
         with torch.no_grad():
             row = self.values[slot]
             if not whole:
@@ -136,6 +177,12 @@ class Stack:
         site, part = split(name)
         if part in ("values", "mask"):
             return True  # stays with the delta: see arch.rowwise
+        if part in ("prefix", "prompt"):
+            sites = tuple(delta.info.get("sites", ()))
+            if self.sites.get(part, sites) != sites:
+                raise DeltaError(
+                    f"the stack's {part} lies over {self.sites[part]}, this one over {sites}"
+                )
         own = (tensor.shape[1], tensor.shape[0]) if part == "B" else tuple(tensor.shape)
         if own == shape:
             fills = True
@@ -219,9 +266,11 @@ def _order(name: str) -> tuple[str, str, tuple[str, ...], int, str]:
     return parent, part, family, at, site
 
 
-def _shapes(deltas: Sequence[Delta]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(
+    deltas: Sequence[Delta], least: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name -> the shape that holds the tensor of every delta; B turned to [r, out]."""
-    found: dict[str, list[tuple[int, ...]]] = {}
+    found = {name: [tuple(shape)] for name, shape in least.items()}
     for delta in deltas:
         for name, tensor in delta.tensors.items():
             part = split(name)[1]
