@@ -15,6 +15,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMISES = {
     "own_loop.py": (r"average accuracy ([\d.]+)", 0.7),  # finetuning ends near 0.2
     # Majority gets 62 %; printed only with the line that the resumed weights are the same.
+    # What conditioning on retrieved passages gains, with nothing trained.
+    "retrieve.py": (r"passages are worth ([\d.]+) points", 6.0),
     "online_journal.py": (r"prequential accuracy ([\d.]+)%[^\n]*\n.*bit for bit: True", 80.0),
 }
 
@@ -29,6 +31,8 @@ def test_an_example_runs_from_any_folder_and_keeps_its_promise(path: Path, tmp_p
         text=True,
         check=False,
     )
+    if "MissingDataError" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
     assert done.returncode == 0, done.stderr
     pattern, least = PROMISES[path.name]
     found = re.search(pattern, done.stdout)

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tessera.errors import CheckpointError, InputError, MissingDataError, UnknownNameError
-from tessera.retrieval import Index, store
-from tessera.retrieval import index as module
+from tessera.retrieval import Index, scan, store
 
 
 def brute(vectors: Tensor, q: Tensor, k: int, metric: str) -> tuple[list[int], list[float]]:
@@ -36,7 +35,7 @@ def brute(vectors: Tensor, q: Tensor, k: int, metric: str) -> tuple[list[int], l
 def test_it_finds_what_brute_force_finds(
     metric: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 64)
+    monkeypatch.setattr(scan, "_CHUNK_ROWS", 64)
     vectors = torch.randn(rows, 24) * torch.rand(rows, 1) * 10
     index = Index(dim=24, metric=metric)
     index.add(vectors, range(rows))
@@ -104,13 +103,29 @@ def test_many_deletions_close_the_gaps() -> None:
     index = Index(dim=3)
     ids = index.add(torch.randn(5000, 3), range(5000))
     index.delete(ids[:4000])
-    assert (len(index), index._rows) == (1000, 1000)
+    assert (len(index), index._rows.count) == (1000, 1000)
     assert sorted(index.query(torch.ones(3), 2000).payloads) == list(range(4000, 5000))
     index.delete([4500])
     with pytest.raises(UnknownNameError, match="no entry 4500"):
         index.delete([4600, 4500])
     assert len(index) == 999
     assert index.add(torch.ones(1, 3), ["new"]) == [5000]
+
+
+def test_payloads_are_found_by_id_in_any_order_where_they_are() -> None:
+    index = Index(dim=2)
+    index.add(torch.eye(2), ["ax", "ay"], namespace="a")
+    index.add(torch.eye(2), ["bx", "by"], namespace="b")
+    index.delete([1])
+    assert index.payloads([3, 0, 3]) == ["by", "ax", "by"]
+    assert index.payloads([3, 2], namespace="b") == ["by", "bx"]
+    assert index.holds([0, 1, 2, 3, 4, -1]) == [True, False, True, True, False, False]
+    assert index.holds([0, 2], namespace="b") == [False, True]
+    assert index.holds([0, 2], namespace="c") == [False, False]
+    assert index.deletions == 1
+    for ids, namespace in (([0, 1], None), ([4], None), ([0, 2], "a"), ([0], "c")):
+        with pytest.raises(UnknownNameError, match="there is no entry"):
+            index.payloads(ids, namespace=namespace)
 
 
 def test_namespaces_keep_to_themselves() -> None:
@@ -148,6 +163,20 @@ def test_an_encoder_takes_items_in_and_asks_for_them() -> None:
     assert index.query("c", 3).payloads == [2, 28, 54]
     assert [h.payloads for h in index.query_batch(["a", "b"], 1)] == [[0], [1]]
     assert index.encode([]) == []
+
+
+def test_an_encoder_gets_at_most_256_at_once_and_its_gradient_stays_behind() -> None:
+    sizes: list[int] = []
+    weight = torch.ones(1, requires_grad=True)
+
+    def encode(items: Sequence[float]) -> Tensor:
+        sizes.append(len(items))
+        return weight * torch.tensor([[float(i), 1.0] for i in items])
+
+    index = Index(encoder=encode, dim=2)
+    index.encode([float(i) for i in range(600)])
+    assert sizes == [256, 256, 88]
+    assert index.query(3.0, 1).payloads == [3.0]
 
 
 def test_an_empty_index_gives_no_hits() -> None:
@@ -225,6 +254,10 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         Index(dim=0)
     with pytest.raises(UnknownNameError, match="choose one of: cosine, dot"):
         Index(dim=2, metric="l2")
+    with pytest.raises(UnknownNameError, match="choose one of: exact, faiss"):
+        Index(dim=2, backend="annoy")
+    with pytest.raises(InputError, match="whole probes >= 1, got True"):
+        Index(dim=2, probes=True)
     index = Index(dim=2)
     for bad, message in (
         (torch.ones(2), r"vectors \[n, 2\], got \(2,\)"),
@@ -262,6 +295,8 @@ FORGED = {
     "an axis too many": {"vectors": torch.ones(3, 4, 1)},
     "no number": {"vectors": torch.full((3, 4), float("nan"))},
     "names": {"names": "a"},
+    "a backend": {"backend": "annoy"},
+    "probes": {"probes": 0},
 }
 
 

@@ -1,11 +1,11 @@
-"""An exact index: the nearest vectors, their payloads, and the same answer every time."""
+"""An index: the nearest vectors, their payloads, and the same answer every time."""
 
 from __future__ import annotations
 
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
 
@@ -14,18 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tessera.errors import InputError, UnknownNameError, unknown_name
+from tessera.errors import InputError, unknown_name
+from tessera.retrieval import scan
 from tessera.retrieval.hits import Hits
-from tessera.retrieval.store import METRICS, Stored, read, write
+from tessera.retrieval.lists import Lists, has_outgrown, require_faiss
+from tessera.retrieval.rows import Rows
+from tessera.retrieval.store import BACKENDS, METRICS, Stored, read, write
+from tessera.retrieval.vectors import Encoder, Floats, as_rows, encoded
 
 __all__ = ["Index"]
 
-Floats = npt.NDArray[np.float32]
-Encoder = Callable[[Sequence[Any]], Tensor]
-
-_CHUNK_ROWS = 1 << 16
-_ENCODED_AT_ONCE = 64
 _UNIT = 2.0**-24  # the rounding error of a float32 operation
+_APPROXIMATE_FROM = 100_000  # entries; a scan of fewer takes some milliseconds
 
 
 @final
@@ -38,6 +38,11 @@ class Index:
     of additions, on the batch, or on the machine's BLAS, and of equal scores the smaller id comes
     first. Vectors are kept as float32; for "cosine" with length 1.
 
+    With ``backend="faiss"`` a search among 100,000 entries or more looks only into the `probes`
+    lists (of ``4 sqrt(n)``) nearest to the query, and may miss what lies in others; among fewer
+    it is exact all the same. Scores and ties are as above. The `add` that reaches 100,000 entries
+    makes the lists, which takes seconds; so does one whenever they have grown 2.25 times since.
+
     A payload is whatever should be found: a passage, the name of a delta, a prompt. `save` wants
     plain values, as JSON has them. Any number of threads may ask while one adds.
 
@@ -45,10 +50,13 @@ class Index:
         encoder: Turns a list of items into float vectors [n, dim]; None: only vectors go in.
         dim: Numbers of a vector, >= 1.
         metric: "cosine" or "dot".
+        backend: "exact", or "faiss" (of the extra of that name), which holds the vectors twice.
+        probes: Of "faiss": lists a query looks into, >= 1. More find more, and take longer.
 
     Raises:
-        InputError: `dim` is out of range.
-        UnknownNameError: No such metric.
+        InputError: `dim` or `probes` is out of range.
+        UnknownNameError: No such metric or backend.
+        MissingDataError: faiss is not installed.
 
     Example:
         >>> letters = lambda words: torch.eye(26)[[ord(word[0]) - 97 for word in words]]
@@ -60,24 +68,37 @@ class Index:
         (['apple', 'avocado'], [0.5, 0.5])
     """
 
-    def __init__(self, encoder: Encoder | None = None, *, dim: int, metric: str = "cosine") -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise InputError(f"retrieval.Index needs a whole dim >= 1, got {dim!r}")
+    def __init__(
+        self,
+        encoder: Encoder | None = None,
+        *,
+        dim: int,
+        metric: str = "cosine",
+        backend: str = "exact",
+        probes: int = 64,
+    ) -> None:
+        for name, value in (("dim", dim), ("probes", probes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"retrieval.Index needs a whole {name} >= 1, got {value!r}")
         if metric not in METRICS:
             raise unknown_name("metric of retrieval.Index", metric, METRICS)
+        if backend not in BACKENDS:
+            raise unknown_name("backend of retrieval.Index", backend, BACKENDS)
+        if backend == "faiss":
+            require_faiss()
         self._encoder, self._dim, self._metric = encoder, dim, metric
+        self._backend, self._probes = backend, probes
         self._lock = threading.RLock()
-        self._vectors: Floats = np.empty((0, dim), np.float32)  # grows by doubling
-        self._ids = np.empty(0, np.int64)
-        self._spaces = np.empty(0, np.int64)  # of each row the number of its namespace; -1: deleted
-        self._payloads: list[Any] = []
+        nothing = np.empty(0, np.int64)
+        self._rows = Rows(np.empty((0, dim), np.float32), nothing, nothing, [])
+        self._lists: Lists | None = None
         self._names: dict[str, int] = {}
-        self._rows = self._dead = self._next = 0
+        self._next = self._deletions = 0
         self._longest = 0.0  # length of the longest vector ever added
 
     def __len__(self) -> int:
         """How many entries there are."""
-        return self._rows - self._dead
+        return self._rows.count - self._rows.dead
 
     @property
     def dim(self) -> int:
@@ -90,7 +111,7 @@ class Index:
         """Add items by what the encoder makes of them.
 
         Args:
-            corpus: Items for the encoder.
+            corpus: Items for the encoder, which gets at most 256 at once.
             payloads: What a hit gives, one an item; None: the items themselves.
             namespace: Whose they are.
 
@@ -102,12 +123,8 @@ class Index:
                 numbers of items and payloads differ. Nothing was added.
         """
         items = list(corpus)
-        vectors = [
-            self._encoded(items[i : i + _ENCODED_AT_ONCE])
-            for i in range(0, len(items), _ENCODED_AT_ONCE)
-        ]
-        whole = torch.cat(vectors) if vectors else torch.empty(0, self._dim)
-        return self.add(whole, items if payloads is None else payloads, namespace=namespace)
+        given = items if payloads is None else payloads
+        return self.add(encoded(self._encoder, items, self._dim), given, namespace=namespace)
 
     def add(self, vectors: Tensor, payloads: Iterable[Any], *, namespace: str = "") -> list[int]:
         """Add vectors.
@@ -123,23 +140,22 @@ class Index:
         Raises:
             InputError: The vectors or the number of payloads do not fit. Nothing was added.
         """
-        rows, given = self._checked("Index.add", vectors), list(payloads)
+        rows = as_rows("Index.add", vectors, self._dim, self._metric)
+        given = list(payloads)
         if len(given) != len(rows):
             raise InputError(
                 f"Index.add needs a payload for each of {len(rows)} vectors, got {len(given)}"
             )
         with self._lock:
-            first, count = self._rows, len(rows)
-            self._reserve(first + count)
-            self._vectors[first : first + count] = rows
-            ids = np.arange(self._next, self._next + count)
-            self._ids[first : first + count] = ids
+            ids = np.arange(self._next, self._next + len(rows))
             space = self._names.setdefault(namespace, len(self._names))
-            self._spaces[first : first + count] = space
-            self._payloads += given
-            if count:
+            self._rows.append(rows, ids, space, given)
+            self._next += len(rows)
+            if len(rows):
                 self._longest = max(self._longest, float(np.linalg.norm(rows, axis=1).max()))
-            self._rows, self._next = first + count, self._next + count
+            if self._lists is not None:
+                self._rows.homes[self._rows.count - len(rows) :] = self._lists.add(rows)
+            self._make_lists()
         return [int(i) for i in ids]
 
     def delete(self, ids: Iterable[int]) -> None:
@@ -148,25 +164,46 @@ class Index:
         Raises:
             UnknownNameError: There is no such entry. Nothing was deleted.
         """
-        wanted = np.array(sorted(set(ids)), np.int64)
         with self._lock:
-            # Ids ascend along the rows.
-            at = np.searchsorted(self._ids[: self._rows], wanted)
-            inside = at < self._rows
-            found = inside.copy()
-            found[inside] = self._ids[at[inside]] == wanted[inside]
-            found[found] = self._spaces[at[found]] >= 0
-            if not found.all():
-                raise UnknownNameError(
-                    f"Index.delete: there is no entry {int(wanted[~found][0])}; ids are those that "
-                    "encode() and add() returned"
-                )
-            self._spaces[at] = -1
-            for row in at.tolist():
-                self._payloads[row] = None
-            self._dead += len(at)
-            if self._dead > max(1024, self._rows // 2):
+            at = self._rows.at(sorted(set(ids)), None)
+            self._rows.remove(at)
+            self._deletions += 1
+            if self._rows.dead > max(1024, self._rows.count // 2):
                 self._compact()
+
+    @property
+    def deletions(self) -> int:
+        """How often `delete` was called: while it stays, what was there still is."""
+        return self._deletions
+
+    def holds(self, ids: Iterable[int], *, namespace: str | None = None) -> list[bool]:
+        """Of each id, whether there is such an entry (None: in whatever namespace)."""
+        wanted = np.array(list(ids), np.int64)
+        with self._lock:
+            return [bool(b) for b in self._rows.find(wanted, self._number(namespace))[1]]
+
+    def payloads(self, ids: Iterable[int], *, namespace: str | None = None) -> list[Any]:
+        """What was stored with these entries.
+
+        Args:
+            ids: Of entries, in any order.
+            namespace: Only of this one; None: of any.
+
+        Raises:
+            UnknownNameError: There is no such entry, or it is another namespace's.
+
+        Example:
+            >>> index = Index(dim=2)
+            >>> _ = index.add(torch.eye(2), ["x", "y"])
+            >>> index.payloads([1, 0])
+            ['y', 'x']
+        """
+        with self._lock:
+            at = self._rows.at(list(ids), self._number(namespace))
+            return [self._rows.payloads[row] for row in at.tolist()]
+
+    def _number(self, namespace: str | None) -> int | None:
+        return None if namespace is None else self._names.get(namespace, -2)
 
     def query(
         self,
@@ -218,43 +255,35 @@ class Index:
                 f"Index.query needs a finite temperature > 0 and a threshold that is a number, got "
                 f"{temperature} and {threshold}"
             )
-        vectors = xs if isinstance(xs, Tensor) else self._encoded(list(xs))
-        queries = self._checked("Index.query", vectors)
+        vectors = xs if isinstance(xs, Tensor) else encoded(self._encoder, list(xs), self._dim)
+        queries = as_rows("Index.query", vectors, self._dim, self._metric)
         with self._lock:
-            space = None if namespace is None else self._names.get(namespace, -2)
+            space = self._number(namespace)
             found = [self._nearest(q, k, space) for q in queries]
             return [self._hits(*pair, threshold, temperature) for pair in found]
 
     def _nearest(
         self, q: Floats, k: int, space: int | None
-    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Rows and exact scores of the k best, best first."""
+        vectors, wanted, kept = self._rows.vectors, None, None
+        if space is not None:
+            wanted = self._rows.spaces == space
+        elif self._rows.dead or self._lists is not None:
+            wanted = self._rows.spaces >= 0
         # |fl(q . v) - q . v| <= d u |q| |v|, whatever the order of the additions.
         slack = 2 * self._dim * _UNIT * float(np.linalg.norm(q)) * self._longest
-        found = []
-        for start in range(0, self._rows, _CHUNK_ROWS):
-            stop = min(start + _CHUNK_ROWS, self._rows)
-            scores, spaces = self._vectors[start:stop] @ q, self._spaces[start:stop]
-            if space is not None:
-                scores[spaces != space] = -np.inf
-            elif self._dead:
-                scores[spaces < 0] = -np.inf
-            found.append(self._candidates(scores, k, slack) + start)
-        kept = np.concatenate(found) if found else np.empty(0, np.intp)
-        exact = (self._vectors[kept].astype(np.float64) * q.astype(np.float64)).sum(1)
-        order = np.lexsort((self._ids[kept], -exact))[:k]
+        if self._lists is not None and wanted is not None and wanted.sum() >= _APPROXIMATE_FROM:
+            kept = self._lists.candidates(wanted, q, k, slack, self._probes)
+        if kept is None:
+            kept = scan.candidates(vectors, wanted, q, k, slack)
+        exact = (vectors[kept].astype(np.float64) * q.astype(np.float64)).sum(1)
+        order = np.lexsort((self._rows.ids[kept], -exact))[:k]
         return kept[order], exact[order]
-
-    def _candidates(self, scores: Floats, k: int, slack: float) -> npt.NDArray[np.intp]:
-        """Who may be among the k best, where a score may be off by half of `slack`."""
-        least = -np.inf
-        if len(scores) > k:
-            least = np.partition(scores, len(scores) - k)[len(scores) - k] - slack
-        return np.flatnonzero((scores >= least) & (scores > -np.inf))
 
     def _hits(
         self,
-        rows: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.int64],
         scores: npt.NDArray[np.float64],
         threshold: float,
         temperature: float,
@@ -263,62 +292,26 @@ class Index:
         rows, scores = rows[near], scores[near]
         found = torch.from_numpy(scores)
         return Hits(
-            torch.from_numpy(self._ids[rows]),
+            torch.from_numpy(self._rows.ids[rows]),
             found,
-            [self._payloads[row] for row in rows.tolist()],
+            [self._rows.payloads[row] for row in rows.tolist()],
             torch.softmax(found / temperature, 0),
         )
 
-    def _encoded(self, items: Sequence[Any]) -> Tensor:
-        if self._encoder is None:
-            raise InputError(
-                "this retrieval.Index has no encoder: give vectors, or build it with encoder="
-            )
-        vectors = self._encoder(list(items))
-        if not isinstance(vectors, Tensor) or vectors.shape != (len(items), self._dim):
-            got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-            raise InputError(
-                f"the encoder must give vectors [{len(items)}, {self._dim}] for {len(items)} "
-                f"items, got {got}"
-            )
-        return vectors
-
-    def _checked(self, who: str, vectors: Tensor) -> Floats:
-        """Finite float32 rows, of length 1 for "cosine"."""
-        if not isinstance(vectors, Tensor) or vectors.dim() != 2 or vectors.shape[1] != self._dim:
-            got = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
-            raise InputError(f"{who} needs vectors [n, {self._dim}], got {got}")
-        rows = vectors.detach().to("cpu", torch.float64).numpy()
-        finite = np.isfinite(rows).all(1)
-        if self._metric == "dot":  # which keeps them as they are
-            finite &= (np.abs(rows) <= np.finfo(np.float32).max).all(1)
-        if not finite.all():
-            bad = int(np.flatnonzero(~finite)[0])
-            raise InputError(f"{who}: vector {bad} has NaN or infinite numbers, as float32")
-        if self._metric == "cosine":
-            lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-            if len(rows) and not lengths.min() > 0:
-                bad = int(lengths.argmin())
-                raise InputError(f"{who}: vector {bad} is zero, and has no direction")
-            rows = rows / lengths
-        return rows.astype(np.float32)
-
-    def _reserve(self, rows: int) -> None:
-        if rows > len(self._vectors):
-            size = max(rows, 2 * len(self._vectors), 256)
-            for name in ("_vectors", "_ids", "_spaces"):
-                old = getattr(self, name)
-                new = np.empty((size, *old.shape[1:]), old.dtype)
-                new[: self._rows] = old[: self._rows]
-                setattr(self, name, new)
-
     def _compact(self) -> None:
-        """Close the gaps that deleted entries left."""
-        alive = np.flatnonzero(self._spaces[: self._rows] >= 0)
-        for name in ("_vectors", "_ids", "_spaces"):
-            setattr(self, name, getattr(self, name)[alive])
-        self._payloads = [self._payloads[row] for row in alive.tolist()]
-        self._rows, self._dead = len(alive), 0
+        self._rows.compact()
+        if self._lists is not None:
+            self._lists = Lists(self._lists.centres)
+            self._lists.add(self._rows.vectors, self._rows.homes)
+
+    def _make_lists(self) -> None:
+        """The lists, where there are to be some and none that fit so many entries."""
+        if self._backend != "faiss" or len(self) < _APPROXIMATE_FROM:
+            return
+        if self._lists is None or has_outgrown(len(self._lists.centres), len(self)):
+            vectors = self._rows.vectors
+            self._lists = Lists.trained(vectors[self._rows.spaces >= 0])
+            self._rows.homes[:] = self._lists.add(vectors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, whole or not at all; the encoder is not in it.
@@ -328,27 +321,43 @@ class Index:
             StorageError: It could not be written; what stood there is unchanged.
         """
         with self._lock:
-            self._compact()
-            names = sorted(self._names, key=self._names.__getitem__)
+            if self._rows.dead:
+                self._compact()
+            rows, lists = self._rows, self._lists
             write(
                 Path(path),
                 Stored(
                     metric=self._metric,
-                    vectors=torch.from_numpy(self._vectors),
-                    ids=torch.from_numpy(self._ids),
-                    spaces=torch.from_numpy(self._spaces),
-                    names=names,
-                    payloads=self._payloads,
+                    vectors=torch.from_numpy(rows.vectors),
+                    ids=torch.from_numpy(rows.ids),
+                    spaces=torch.from_numpy(rows.spaces),
+                    names=sorted(self._names, key=self._names.__getitem__),
+                    payloads=rows.payloads,
                     next_id=self._next,
+                    backend=self._backend,
+                    probes=self._probes,
+                    homes=None if lists is None else torch.from_numpy(rows.homes),
+                    centres=None if lists is None else torch.from_numpy(lists.centres),
                 ),
             )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, encoder: Encoder | None = None) -> Index:
-        """The index that `save` wrote.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        encoder: Encoder | None = None,
+        backend: str | None = None,
+    ) -> Index:
+        """The index that `save` wrote: it answers alike.
+
+        Args:
+            path: The file.
+            encoder: As `Index` takes it.
+            backend: Another than it was saved with; None: the same.
 
         Raises:
-            MissingDataError: There is no such file.
+            MissingDataError: There is no such file, or no faiss.
             CheckpointError: It is damaged, another file, or too new.
 
         Example:
@@ -361,11 +370,23 @@ class Index:
             ['y']
         """
         stored = read(Path(path))
-        index = cls(encoder, dim=stored.vectors.shape[1], metric=stored.metric)
-        index._vectors, index._ids = stored.vectors.numpy(), stored.ids.numpy()
-        index._spaces, index._payloads = stored.spaces.numpy(), list(stored.payloads)
+        index = cls(
+            encoder,
+            dim=stored.vectors.shape[1],
+            metric=stored.metric,
+            backend=stored.backend if backend is None else backend,
+            probes=stored.probes,
+        )
+        vectors = stored.vectors.numpy()
+        index._rows = Rows(
+            vectors, stored.ids.numpy(), stored.spaces.numpy(), list(stored.payloads)
+        )
         index._names = {name: number for number, name in enumerate(stored.names)}
-        index._rows, index._next = len(index._ids), stored.next_id
-        if index._rows:
-            index._longest = float(np.linalg.norm(index._vectors, axis=1).max())
+        index._next = stored.next_id
+        if len(vectors):
+            index._longest = float(np.linalg.norm(vectors, axis=1).max())
+        if index._backend == "faiss" and stored.centres is not None and stored.homes is not None:
+            index._lists = Lists(stored.centres.numpy())
+            index._rows.homes[:] = index._lists.add(vectors, stored.homes.numpy())
+        index._make_lists()
         return index

@@ -16,11 +16,13 @@ from torch import Tensor
 from tessera.errors import CheckpointError, InputError, MissingDataError
 from tessera.files import write_whole
 
-__all__ = ["METRICS", "Stored", "read", "write"]
+__all__ = ["BACKENDS", "METRICS", "Stored", "read", "write"]
 
 METRICS = ("cosine", "dot")
+BACKENDS = ("exact", "faiss")
 _VERSION = 1
 _KINDS = {"vectors": torch.float32, "ids": torch.int64, "spaces": torch.int64}
+_LISTS = {"homes": torch.int32, "centres": torch.float32}  # both or neither
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,6 +37,10 @@ class Stored:
         names: Of the namespaces.
         payloads: n plain values.
         next_id: The id of the entry that is added next.
+        backend: "exact" or "faiss".
+        probes: Lists a query looks into.
+        homes: int32 [n], of each entry its list; None: there are no lists.
+        centres: float32 [lists, dim]; likewise.
     """
 
     metric: str
@@ -44,6 +50,10 @@ class Stored:
     names: list[str]
     payloads: list[Any]
     next_id: int
+    backend: str = "exact"
+    probes: int = 64
+    homes: Tensor | None = None
+    centres: Tensor | None = None
 
 
 def write(path: Path, stored: Stored) -> None:
@@ -53,7 +63,8 @@ def write(path: Path, stored: Stored) -> None:
         InputError: A payload is no plain value.
         StorageError: It could not be written.
     """
-    tensors = {name: getattr(stored, name).contiguous() for name in _KINDS}
+    kinds = _KINDS if stored.centres is None else _KINDS | _LISTS
+    tensors = {name: getattr(stored, name).contiguous() for name in kinds}
     try:
         words = json.dumps(
             {
@@ -62,6 +73,8 @@ def write(path: Path, stored: Stored) -> None:
                 "names": stored.names,
                 "payloads": stored.payloads,
                 "next_id": stored.next_id,
+                "backend": stored.backend,
+                "probes": stored.probes,
             },
             allow_nan=False,
         )
@@ -86,7 +99,10 @@ def read(path: Path) -> Stored:
     try:
         with safe_open(path, "pt") as file:
             header, names = file.metadata() or {}, sorted(file.keys())
-            if "tessera.index" not in header or names != sorted(_KINDS):
+            if "tessera.index" not in header or names not in (
+                sorted(_KINDS),
+                sorted(_KINDS | _LISTS),
+            ):
                 raise CheckpointError(f"{path} is no index of Tessera's: it holds {names}")
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
@@ -101,9 +117,14 @@ def read(path: Path) -> Stored:
             raise CheckpointError(
                 f"{path} is an index of version {said['version']}, this Tessera reads {_VERSION}"
             )
-        names, payloads, next_id = said["names"], said["payloads"], said["next_id"]
         stored = Stored(
-            metric=said["metric"], names=names, payloads=payloads, next_id=next_id, **tensors
+            metric=said["metric"],
+            names=said["names"],
+            payloads=said["payloads"],
+            next_id=said["next_id"],
+            backend=said.get("backend", "exact"),
+            probes=said.get("probes", 64),
+            **tensors,
         )
         fits = _fits(stored)
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
@@ -133,12 +154,31 @@ def _fits(stored: Stored) -> bool:
         and all(isinstance(name, str) for name in stored.names)
         and len(set(stored.names)) == len(stored.names)
         and set(spaces.tolist()) <= known
+        and stored.backend in BACKENDS
+        and type(stored.probes) is int
+        and stored.probes >= 1
+        and _lists_fit(stored)
+    )
+
+
+def _lists_fit(stored: Stored) -> bool:
+    homes, centres = stored.homes, stored.centres
+    if homes is None or centres is None:
+        return homes is centres
+    return (
+        (homes.dtype, centres.dtype) == (_LISTS["homes"], _LISTS["centres"])
+        and centres.dim() == 2
+        and len(centres) >= 1
+        and centres.shape[1] == stored.vectors.shape[1]
+        and bool(centres.isfinite().all())
+        and homes.shape == stored.ids.shape
+        and bool(((homes >= 0) & (homes < len(centres))).all())
     )
 
 
 def _digest(words: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(words.encode())
-    for name in _KINDS:
+    for name in (n for n in _KINDS | _LISTS if n in tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
