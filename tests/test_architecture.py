@@ -54,8 +54,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "transformers": "a prefix of a transformers model is a cache of its own kind",
     },
     "no_kwargs": {
-        "Applied.__call__": "calls the user's model, whatever that takes",
-        "StackedModel.__call__": "calls the user's model, whatever that takes",
+        "peft.Applied.__call__": "calls the user's model, whatever that takes",
+        "arch.StackedModel.__call__": "calls the user's model, whatever that takes",
     },
     "few_parameters": {},
     "short_files": {},

@@ -170,7 +170,8 @@ def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
 
 PAGES = (
     *("ir", "replay", "durable-store", "generative-replay", "streams", "online", "budgets"),
-    *("streaming-statistics", "retrieval", "deltas"),
+    *("streaming-statistics", "retrieval", "deltas", "few-shot"),
+    *("isolation", "fit-command"),
 )
 
 

@@ -9,6 +9,9 @@ Each class also derives from the builtin one would expect, so ``except ValueErro
     ├── AnchorError       (ValueError)           an anchor that does not fit what it is used for
     ├── DeltaError        (ValueError)           a delta that does not fit its base, or is damaged
     ├── MetricError       (ValueError)           a figure asked for before it was recorded
+    ├── AccessError       (PermissionError)      no key, a wrong one, or one without the scope
+    ├── ConflictError     (RuntimeError)         somebody else was first: read again, then decide
+    ├── BusyError         (RuntimeError)         a queue or a quota is full; retry after a while
     ├── NonFiniteError    (FloatingPointError)   the loss became NaN or infinite
     ├── MissingDataError  (FileNotFoundError)    a data set that is not on this machine
     └── CheckpointError   (ValueError)           a checkpoint that is damaged, foreign or too new
@@ -22,8 +25,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "AccessError",
     "AnchorError",
+    "BusyError",
     "CheckpointError",
+    "ConflictError",
     "DeltaError",
     "GraphError",
     "InputError",
@@ -63,6 +69,26 @@ class GraphError(TesseraError, ValueError):
 
 class MetricError(TesseraError, ValueError):
     """A metric was asked for before the accuracies it needs were recorded."""
+
+
+class AccessError(TesseraError, PermissionError):
+    """A request without a key, with a wrong or revoked one, or with one that lacks the scope."""
+
+
+class ConflictError(TesseraError, RuntimeError):
+    """What was to be changed has changed since it was read; nothing was written."""
+
+
+class BusyError(TesseraError, RuntimeError):
+    """A queue or a quota is full.
+
+    Attributes:
+        retry_after_s: When it is worth asking again, in seconds.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NonFiniteError(TesseraError, FloatingPointError):

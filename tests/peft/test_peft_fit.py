@@ -1,11 +1,13 @@
-"""`peft.fit`: one delta by a few examples. The memo it rests on has laws of its own below."""
+"""`peft.fit`: one delta by a few examples. The memo it rests on: test_peft_memo.py."""
 
 from __future__ import annotations
 
 import gc
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -360,6 +362,43 @@ def test_the_caller_may_be_in_no_grad_or_inference_mode() -> None:
     assert others[0].hash == others[1].hash == delta.hash
 
 
+def test_fits_in_threads_over_one_base() -> None:
+    model = mlp().double()
+    deltas = [peft.lora(model, 2, sites=["3"], head="5", seed=i) for i in range(6)]
+    alone, batches = [d.trainable() for d in deltas], [points() for _ in deltas]
+    for delta, batch in zip(alone, batches, strict=True):
+        fit(delta, batch, steps=10, model=model)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda d, b: fit(d, b, steps=10, model=model), deltas, batches))
+    assert [d.hash for d in deltas] == [d.hash for d in alone]
+
+
+def test_nothing_of_a_fit_is_left_in_memory() -> None:
+    refs: list[weakref.ref[Tensor]] = []
+    model = mlp().double()
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        refs.append(weakref.ref(output))
+        return F.cross_entropy(output, y)
+
+    class Below(nn.Tanh):
+        def forward(self, x: Tensor) -> Tensor:
+            found = super().forward(x)
+            refs.append(weakref.ref(found))
+            return found
+
+    model[1] = Below()  # what is kept is its output
+    delta = peft.lora(model, 2, sites=["3"])
+    gc.collect()
+    gc.disable()
+    try:
+        fit(delta, points(), steps=3, loss_fn=loss, model=model)
+        assert len(refs) == 4
+        assert [ref() for ref in refs] == [None] * 4
+    finally:
+        gc.enable()
+
+
 def test_a_delta_of_a_part_is_fitted_through_the_whole() -> None:
     model = arch.root(mlp().double())
     delta = peft.lora(model[3], 2)
@@ -535,6 +574,27 @@ def test_a_classifier_of_transformers_by_its_logits_and_by_its_own_loss(
     assert deltas[0].hash != peft.lora(model, 2, sites=top, head="classifier").hash
 
 
+def test_a_translator_of_transformers_runs_its_encoder_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=30, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, pad_token_id=0
+    )
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration(config).double()
+    delta = peft.lora(model, 2, sites=["decoder.block.1.layer.0.SelfAttention.q"])
+    ids, other, kept = torch.randint(1, 30, (3, 7)), delta.trainable(), []
+    shots = {"input_ids": ids, "labels": ids}
+    close = Memo.close
+    monkeypatch.setattr(Memo, "close", lambda memo: (kept.extend(memo.kept(0)), close(memo)))
+    fit(delta, shots, steps=4, model=model)
+    assert {"encoder", "decoder.block.0"} <= set(kept)
+    monkeypatch.setattr(sys.modules["tessera.peft.fit"], "Memo", partial(Memo, on=False))
+    fit(other, shots, steps=4, model=model)
+    assert delta.hash == other.hash
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_virtual_tokens_in_transformers_are_remembered_right(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -547,227 +607,3 @@ def test_virtual_tokens_in_transformers_are_remembered_right(
     monkeypatch.setattr(sys.modules["tessera.peft.fit"], "Memo", partial(Memo, on=False))
     fit(other, (x, torch.tensor([0, 1, 2, 0])), steps=4, model=model)
     assert delta.hash == other.hash
-
-
-# --- the memo's laws -----------------------------------------------------------------------------
-# Each module is a trap for a memo that looks at gradients only: some part of it depends on the
-# live tensor, on chance, or on what was written, in a way that autograd does not show.
-
-
-class Trap(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.below, self.mid, self.relu = nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True)
-        self.same = nn.Identity()
-        self.register_buffer("count", torch.zeros(()))
-        self.live = nn.Parameter(torch.randn(3))
-        self.held: Any = None
-
-
-class Argmax(nn.Module):
-    def forward(self, h: Tensor) -> Tensor:
-        return F.one_hot(h.argmax(-1), 3).float()
-
-
-class Detached(Trap):
-    """A choice by live values that carries no gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.choose = Argmax()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.choose(self.below(x) * self.live) @ torch.eye(3) + self.live
-
-
-class NoGrad(Trap):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            gate = self.mid(self.below(x) * self.live)
-        return gate * self.live
-
-
-class WrittenAfter(Trap):
-    """relu_ writes into what `below` gave, and the name that is read is the old one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x)
-        self.relu(h)
-        return h * self.live
-
-
-class WrittenThroughAnAlias(Trap):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x)
-        other = self.same(h)
-        other.mul_(2)
-        return h * self.live
-
-
-class WrittenByTheLive(Trap):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x)
-        h += self.live.detach()
-        return self.mid(h) * self.live
-
-
-class Counts(Trap):
-    """Its buffer differs in every forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x) * self.count
-        self.count += 1
-        return self.mid(h) + self.live
-
-
-class Noise(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand_like(x)
-
-
-class Chance(Trap):
-    def __init__(self) -> None:
-        super().__init__()
-        self.noise = Noise()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.noise(self.below(x)) * self.live
-
-
-class Branch(Trap):
-    """Python decides by a live value."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x) if self.live.sum() > 0 else self.mid(x)
-        return h * self.live
-
-
-class Sender(nn.Module):
-    def __init__(self, owner: list[Any]) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.owner[:] = [x.sin()]  # leaves by a side door
-        return x.cos()
-
-
-class SideDoor(Trap):
-    def __init__(self) -> None:
-        super().__init__()
-        self.box: list[Any] = []
-        self.send = Sender(self.box)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.box.clear()
-        out = self.send(self.below(x)) * self.live
-        return out + self.box[0]
-
-
-class Twice(Trap):
-    """One module, called with a constant and with a live value."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.below(self.below(x) * self.live) + self.below(x)
-
-
-class Views(Trap):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.below(x)
-        row = h[0]
-        row.copy_(self.live.detach())
-        return self.mid(h) + self.live
-
-
-TRAPS = [
-    *(Detached, NoGrad, WrittenAfter, WrittenThroughAnAlias, WrittenByTheLive, Counts, Chance),
-    *(Branch, SideDoor, Twice, Views),
-]
-
-
-@pytest.mark.parametrize("trap", TRAPS, ids=lambda t: t.__name__)
-def test_a_memo_gives_what_the_model_gives(trap: type[Trap]) -> None:
-    model = trap().eval()
-    for name, p in model.named_parameters():
-        p.requires_grad_(name == "live")
-    x = torch.randn(2, 3)
-    values = [torch.randn(3) * (-1) ** i for i in range(5)]
-
-    def outputs(run: Callable[[Callable[[], Tensor]], Tensor]) -> list[Tensor]:
-        found = []
-        model.count.zero_()
-        for value in values:
-            with torch.no_grad():
-                model.live.copy_(value)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(len(found))
-                output = run(lambda: model(x))
-            (gradient,) = torch.autograd.grad(output.sum(), model.live)
-            found += [output.detach().clone(), gradient]
-        return found
-
-    wanted = outputs(lambda work: work())
-    memo = Memo(model, [model.live])
-    got = outputs(lambda work: memo.run(0, work))
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-
-
-def test_a_memo_keeps_a_constant_below_and_inside() -> None:
-    model = nn.Sequential(
-        nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.Linear(3, 2)
-    )
-    model.eval().requires_grad_(False)
-    live = model[3].weight.requires_grad_()
-    memo = Memo(model, [live])
-    for _ in range(2):
-        memo.run(0, lambda: model(torch.ones(2, 3)))
-    # relu writes into what batch norm made: it is computed anew, on a copy.
-    assert memo.kept(0) == ("0", "1")
-
-
-def test_a_memo_tells_batches_apart() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).requires_grad_(False)
-    live = model[1].weight.requires_grad_()
-    xs = [torch.randn(n, 3) for n in (2, 4)]
-    wanted = [model(x) for x in xs]
-    memo = Memo(model, [live])
-    for _ in range(3):
-        for key, x in enumerate(xs):
-            assert torch.equal(memo.run(key, partial(model, x)), wanted[key])
-    assert memo.kept(0) == memo.kept(1) == ("0",)
-
-
-def test_a_memo_survives_an_exception_in_the_middle() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).requires_grad_(False)
-    live, x = model[1].weight.requires_grad_(), torch.randn(2, 3)
-    wanted = model(x)
-    memo = Memo(model, [live])
-
-    def broken() -> Tensor:
-        model(x)
-        raise RuntimeError("on purpose")
-
-    for _ in range(2):  # the first forward, and a later one
-        with pytest.raises(RuntimeError, match="on purpose"):
-            memo.run(0, broken)
-        assert torch.equal(memo.run(0, partial(model, x)), wanted)
-        assert torch.equal(model(x), wanted)
-
-
-def test_a_path_that_changes_is_computed_plainly() -> None:
-    class Flips(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.top = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
-            self.flip = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.top((self.b if self.flip else self.a)(x))
-
-    model = Flips().requires_grad_(False)
-    live, x = model.top.weight.requires_grad_(), torch.randn(2, 3)
-    memo = Memo(model, [live])
-    memo.run(0, lambda: model(x))
-    model.flip = True
-    got = memo.run(0, lambda: model(x))
-    assert torch.equal(got, model.top(model.b(x)))

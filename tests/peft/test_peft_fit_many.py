@@ -175,6 +175,28 @@ def test_what_has_no_batched_form_is_fitted_all_the_same() -> None:
     same(deltas, alone)
 
 
+def test_a_model_that_folds_its_batch_is_fitted_all_the_same(one_by_one: list[str]) -> None:
+    class Folds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows, steps, width = x.shape
+            h = torch.tanh(self.fc(x.reshape(rows * steps, width)))
+            return self.head(h.reshape(rows, steps, -1).mean(1))
+
+    model = Folds().double()
+    deltas = [moved(peft.lora(model, 2, seed=i)) for i in range(2)]
+    batches = [(torch.randn(n, 4, 5).double(), torch.arange(n) % 3) for n in (2, 3)]
+    alone = [d.trainable() for d in deltas]
+    fit_many(deltas, batches, steps=4, model=model)
+    assert len(one_by_one) == 2
+    for delta, batch in zip(alone, batches, strict=True):
+        fit(delta, batch, steps=4, model=model)
+    same(deltas, alone)
+
+
 def test_deltas_of_a_part_and_of_the_whole_meet() -> None:
     model = arch.root(mlp())
     deltas = [moved(peft.lora(model[3], 2, seed=0)), moved(peft.lora(model, 2, sites=["3"]))]
@@ -242,6 +264,28 @@ def test_a_classifier_of_transformers(kind: str, own_loss: bool, one_by_one: lis
     assert len(one_by_one) == (3 if own_loss else 0)
     for delta, batch in zip(alone, batches, strict=True):
         fit(delta, batch, steps=4, model=model)
+    same(deltas, alone)
+
+
+def test_a_language_model_by_a_loss_of_ones_own(one_by_one: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=30, intermediate_size=32, **shape)
+    model = transformers.LlamaForCausalLM(config).double()
+    top = ["model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.v_proj"]
+    deltas = [moved(peft.lora(model, 2, sites=top, seed=i)) for i in range(2)]
+    tokens = [torch.randint(1, 30, (n, 7)) for n in (2, 3)]
+    batches = [({"input_ids": ids}, ids) for ids in tokens]
+
+    def loss(output: Any, ids: Tensor) -> Tensor:
+        assert len(output.logits) == len(ids)
+        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    alone = [d.trainable() for d in deltas]
+    fit_many(deltas, batches, steps=4, loss_fn=loss, model=model)
+    assert not one_by_one
+    for delta, batch in zip(alone, batches, strict=True):
+        fit(delta, batch, steps=4, loss_fn=loss, model=model)
     same(deltas, alone)
 
 

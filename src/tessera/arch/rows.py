@@ -46,6 +46,11 @@ class StackedModel:
         self._first = self._shadow()
         self._free = [self._first]
 
+    @property
+    def module(self) -> nn.Module:
+        """One of the shadows, to look at or to change before the first call."""
+        return self._first[1]
+
     def __call__(self, *args: Any, rows: Tensor, **kwargs: Any) -> Any:
         """What the model gives, row i under the delta of slot ``rows[i]``.
 

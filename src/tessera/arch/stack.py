@@ -35,10 +35,16 @@ class Layout:
     Attributes:
         shapes: Name of a tensor -> the shape that holds it; B as [r, out].
         sites: "prefix", "prompt" -> the modules that take it; none in a transformers model.
+        dtype: Of the values, e.g. "float32".
+
+    Example:
+        >>> Layout(shapes={"fc.A": (8, 16), "fc.B": (8, 4)}, sites={}).dtype
+        'float32'
     """
 
     shapes: Mapping[str, Sequence[int]]
     sites: Mapping[str, Sequence[str]]
+    dtype: str = "float32"
 
 
 @final
@@ -54,6 +60,7 @@ class Stack:
         deltas: The deltas; copied. Any kinds. Slots are counted from 0 in this order.
         slots: Room for at least so many deltas; further ones are `put`.
         room: Another stack's `layout`: room for at least what that has.
+        device: Where the values are, if there is no delta yet to say so.
         trainable: Keep the scales apart and make `values` a leaf, to fit all at once.
 
     Raises:
@@ -75,10 +82,11 @@ class Stack:
         *,
         slots: int = 0,
         room: Layout | None = None,
+        device: torch.device | str = "cpu",
         trainable: bool = False,
     ) -> None:
-        if not deltas or not all(isinstance(d, Delta) for d in deltas):
-            raise InputError("a stack needs at least one arch.Delta")
+        if not (deltas or (room and slots)) or not all(isinstance(d, Delta) for d in deltas):
+            raise InputError("a stack needs at least one arch.Delta, or room and slots for some")
         self.slots = max(slots, len(deltas))
         self.trainable = trainable
         self.base_hash = next((d.base_hash for d in deltas if d.base_hash), "")
@@ -89,8 +97,11 @@ class Stack:
         for name in sorted(self.shapes, key=_order):
             self.places[name] = total
             total += math.prod(self.shapes[name])
-        first = next(t for t in deltas[0].tensors.values() if t.is_floating_point())
-        self._base = torch.zeros(total, dtype=first.dtype, device=first.device)
+        every = [t for d in deltas for t in d.tensors.values() if t.is_floating_point()]
+        dtype = getattr(torch, room.dtype) if room else every[0].dtype
+        for tensor in every:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        self._base = torch.zeros(total, dtype=dtype, device=every[0].device if every else device)
         for name in self.shapes:
             if split(name)[1] in ("gain_in", "gain_out"):
                 self._view(self._base, name).fill_(1.0)
@@ -106,7 +117,8 @@ class Stack:
     @property
     def layout(self) -> Layout:
         """What there is room for."""
-        return Layout(shapes=dict(self.shapes), sites=dict(self.sites))
+        dtype = str(self.values.dtype).removeprefix("torch.")
+        return Layout(shapes=dict(self.shapes), sites=dict(self.sites), dtype=dtype)
 
     def __len__(self) -> int:
         """How many slots hold a delta."""

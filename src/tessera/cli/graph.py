@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 from tessera import graph as tg
 from tessera.errors import InputError, StorageError, unknown_name
+from tessera.recipes.loading import run_file
 
 __all__ = ["add_to"]
 
@@ -71,19 +70,7 @@ def _load(target: str) -> tuple[Any, tuple[Any, ...]]:
     name, _, function = target.rpartition(":")
     if not name.endswith(".py") or not function:
         raise InputError(f"name the function as FILE.py:FUNCTION, got {target!r}")
-    if not Path(name).is_file():
-        raise InputError(f"there is no file {name!r}")
-    spec = importlib.util.spec_from_file_location(f"_tessera_graph_{Path(name).stem}", name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    folder = str(Path(name).resolve().parent)
-    sys.path.insert(0, folder)  # as python FILE.py does
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
+    module = run_file(name)
     fn = getattr(module, function, None)
     if not callable(fn):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

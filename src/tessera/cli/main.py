@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from tessera.cli import graph, learn, report
+from tessera.cli import fit, graph, learn, replay, report, serve
 from tessera.errors import InputError, TesseraError, UnknownNameError
 
 __all__ = ["main"]
@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tessera {version}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     learn.add_to(commands)
+    fit.add_to(commands)
+    serve.add_to(commands)
+    replay.add_to(commands)
     report.add_to(commands)
     graph.add_to(commands)
     return parser

@@ -13,7 +13,7 @@ from tessera.arch import Delta
 from tessera.arch.sites import Sites, select
 from tessera.arch.terms import family
 from tessera.errors import InputError
-from tessera.peft.making import Head, made
+from tessera.peft.making import Head, made, without_head
 
 __all__ = ["lora"]
 
@@ -36,7 +36,8 @@ def lora(
         sites: Linear, Conv, Embedding or MultiheadAttention modules: the modules, their names,
             globs, or ends of names. None: query and value projections in a transformers model,
             every Linear in any other.
-        head: Modules that are trained whole along with it, as names or patterns.
+        head: Modules that are trained whole along with it, as names or patterns; they are no sites
+            unless `sites` says so.
         seed: Of A, uniform in +-1/sqrt(in) as `nn.Linear` starts; normal for an embedding.
 
     Returns:
@@ -62,6 +63,8 @@ def lora(
         raise InputError(f"peft.lora needs a finite alpha > 0, got {alpha!r}")
     modules = dict(model.named_modules()) if isinstance(model, nn.Module) else {}
     names = select(model, sites, lambda m: family(m) != "other", "peft.lora") if modules else []
+    if sites is None:
+        names = without_head(model, names, head)
     tensors: dict[str, Tensor] = {}
     for name in names:
         A, B = _start(modules[name], name, r, seed)

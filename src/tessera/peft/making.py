@@ -15,7 +15,7 @@ from tessera.arch.peft_names import layer_types
 from tessera.arch.sites import matching
 from tessera.errors import InputError, UnknownNameError
 
-__all__ = ["Head", "made", "whole_of"]
+__all__ = ["Head", "made", "whole_of", "without_head"]
 
 Head = str | Sequence[str] | None
 
@@ -63,6 +63,24 @@ def made(
         info=facts,
         _home=[weakref.ref(whole)],
     )
+
+
+def without_head(model: nn.Module, names: Sequence[str], head: Head) -> list[str]:
+    """Of sites that were chosen for the user, those not in a module that is trained whole anyway.
+
+    Example:
+        >>> without_head(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), ["0", "1"], "1")
+        ['0']
+    """
+    whole, start = whole_of(model)
+    modules = dict(whole.named_modules())
+    patterns = [head] if isinstance(head, str) else head or ()
+    heads = [name for pattern in patterns for name in matching(modules, pattern)]
+    return [
+        name
+        for name in names
+        if not any(f"{start}{name}" == h or f"{start}{name}".startswith(f"{h}.") for h in heads)
+    ]
 
 
 def _head(whole: nn.Module, head: Head) -> dict[str, Tensor]:

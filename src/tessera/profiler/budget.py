@@ -40,6 +40,7 @@ class Budget:
         stopped_by: "ms", "joules" or "steps": what ended the last loop; None when it was left by
             `break` or an exception, or before the first.
         spent: The `Measurement` of the last loop.
+        meter: Where time and energy are read.
 
     Raises:
         InputError: No cap is given, or one is negative, zero, NaN or infinite.
@@ -76,7 +77,7 @@ class Budget:
         self.steps = steps
         self.stopped_by: Literal["ms", "joules", "steps"] | None = None
         self.spent = Measurement(ms=0.0, joules=0.0)
-        self._meter = meter or DEFAULT
+        self.meter = meter or DEFAULT
         self._ms, self._joules = Pace(), Pace()
         self._refused, self._patience = 0, 1  # empty loops since a unit ran; how many are due
 
@@ -86,11 +87,11 @@ class Budget:
 
     def __iter__(self) -> Iterator[int]:
         self.stopped_by = None
-        begun = self._meter.read()
+        begun = self.meter.read()
         try:
             yield from self._units(begun)
         finally:
-            self.spent = self._meter.since(begun)
+            self.spent = self.meter.since(begun)
 
     def _units(self, begun: Reading) -> Iterator[int]:
         self.stopped_by = self._refusal()
@@ -99,10 +100,10 @@ class Budget:
         ms = joules = 0.0
         for i in itertools.count():
             yield i
-            before, ms = ms, self._meter.ms_since(begun)
+            before, ms = ms, self.meter.ms_since(begun)
             self._ms.add(max(ms - before, 0.0))
             if self.joules is not None:
-                before, joules = joules, self._meter.since(begun).joules
+                before, joules = joules, self.meter.since(begun).joules
                 self._joules.add(max(joules - before, 0.0))
             if self.steps is not None and i + 1 >= self.steps:
                 self.stopped_by = "steps"

@@ -16,6 +16,7 @@ from tessera.recipes.models import Standardize, mlp, small_mlp
 from tessera.recipes.prequential import OnlineProgress, OnlineRun, OnlineSettings
 from tessera.recipes.run import Progress, Run
 from tessera.recipes.settings import Settings
+from tessera.recipes.trained import trained_model
 
 __all__ = [
     "ONLINE_RECIPES",
@@ -37,4 +38,5 @@ __all__ = [
     "saved_online_settings",
     "saved_settings",
     "small_mlp",
+    "trained_model",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 import os
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tessera import checkpoint, data, trees
 from tessera.errors import CheckpointError, InputError, MetricError, UnknownNameError, unknown_name
-from tessera.recipes import baselines, generative, penalties, replay
+from tessera.recipes import baselines, generative, lora, lora_ogd, penalties, replay
+from tessera.recipes.loading import load_function
 from tessera.recipes.run import Progress, Run, reseed
 from tessera.recipes.settings import Settings
 
@@ -36,6 +36,8 @@ RECIPES: Mapping[str, Recipe] = {
     "der": replay.der,
     "er+ewc": replay.er_ewc,
     "generative": generative.generative,
+    "lora": lora.lora,
+    "lora+ogd": lora_ogd.lora_ogd,
 }
 
 
@@ -156,10 +158,9 @@ def build(name: str, seed: int, shape: tuple[int, ...], num_classes: int) -> nn.
         UnknownNameError: No such function.
         InputError: It makes no module, or one that does not fit.
     """
-    package, _, function = name.partition(":")
     try:
-        build = getattr(importlib.import_module(package), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        build = load_function(name)
+    except (InputError, UnknownNameError) as error:
         raise UnknownNameError(
             f"there is no model function {name!r} ({error}); name it PKG:FUNC, a "
             "function of (input_shape, num_classes), importable from here"
@@ -266,6 +267,14 @@ def _result(run: Run) -> dict[str, Any]:
         "forgetting": defined(m.forgetting),
         "curve": run.curve,
         "seconds": run.elapsed(),
-        "weights_sha256": trees.sha256(run.model.state_dict()),
+        "weights_sha256": trees.sha256(_weights(run)),
         "settings": run.settings.to_dict(),
     }
+
+
+def _weights(run: Run) -> dict[str, Tensor]:
+    """All that was learned: the model's, and those of every delta over it."""
+    found = dict(run.model.state_dict())
+    for task, delta in run.deltas.items():
+        found |= {f"{task}:{name}": tensor for name, tensor in delta.tensors.items()}
+    return found

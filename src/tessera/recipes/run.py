@@ -45,6 +45,17 @@ def reseed(seed: int, *path: str | int) -> None:
         torch.cuda.manual_seed_all(key)
 
 
+def _plain(delta: arch.Delta) -> dict[str, Any]:
+    """What a delta holds, as a checkpoint holds it."""
+    names = ("kind", "tensors", "scales", "base_hash", "info")
+    return {name: getattr(delta, name) for name in names}
+
+
+def _delta(values: Mapping[str, Any]) -> arch.Delta:
+    """The delta again, trainable."""
+    return arch.Delta(**values).trainable()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Progress:
     """Where a run stands, for whoever shows it.
@@ -87,7 +98,7 @@ class Run:
                     run.log(step(batch))
 
     Between two batches the run may save itself, and after each task it measures every task. What
-    must survive an interruption is either the model, in `anchors`, or given to `keep`.
+    must survive an interruption is either the model, in `anchors`, in `deltas`, or given to `keep`.
 
     Attributes:
         model: The module in training.
@@ -98,6 +109,9 @@ class Run:
         lam: The strength of the recipe's penalty.
         buffer: Rows the replay may hold.
         anchors: Yours to append to; saved with the run.
+        deltas: Yours to add to, by name; saved with the run as they are then.
+        answer: How the run answers when it is measured: (x, which task, or None where that is not
+            told) -> logits. The model does unless a recipe sets it.
         matrix: Accuracy on every task after every task.
         epoch: The pass over the current task, from 1.
         step: Steps done in the whole run.
@@ -132,6 +146,8 @@ class Run:
         self._epochs = _known("epochs", settings.epochs)
         self._batch_size = _known("batch_size", settings.batch_size)
         self.anchors: list[arch.Anchor] = []
+        self.deltas: dict[str, arch.Delta] = {}
+        self.answer: Callable[[Tensor, int | None], Tensor] = lambda x, _: self.model(x)
         self.matrix = AccuracyMatrix(len(bench))
         self.curve: list[dict[str, Any]] = []
         self.epoch = 1
@@ -238,14 +254,17 @@ class Run:
         self._loss = loss
 
     def accuracy(self, task: Task, *, rows: int | None = None) -> float:
-        """Fraction of the task's test rows that the model gets right, in eval mode."""
+        """Fraction of the task's test rows that are answered right, the model in eval mode.
+
+        Which task they are of is told in the scenario "task" alone.
+        """
         x, y = task.test.x[:rows], task.test.y[:rows]
-        head = self.head(task)
+        head, told = self.head(task), None if self.bench.mask is None else task.id
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
             right = [
-                (head(self.model(a)).argmax(-1) == b).sum()
+                (head(self.answer(a, told)).argmax(-1) == b).sum()
                 for a, b in zip(torch.split(x, 1000), torch.split(y, 1000), strict=True)
             ]
         self.model.train(training)
@@ -293,6 +312,7 @@ class Run:
             weights=self.model.state_dict(),
             optimizer=kept.pop("optimizer", None),
             anchors=tuple(self.anchors),
+            deltas={name: _plain(delta) for name, delta in self.deltas.items()},
             replay=kept.pop("replay", None),
             stream={"task": self._task, "epoch": self.epoch, "batch": self._batch},
             counters={
@@ -312,6 +332,8 @@ class Run:
         self.anchors = [a for a in state.anchors if isinstance(a, arch.Anchor)]
         for a in self.anchors:
             a.bind(self.model)
+        saved = state.deltas if isinstance(state.deltas, Mapping) else {}  # none, in older ones
+        self.deltas = {name: _delta(values) for name, values in saved.items()}
         counters: Mapping[str, Any] = state.counters or {}
         self._saver.restored(state, counters["kept"])
         where: Mapping[str, Any] = state.stream or {}
