@@ -214,6 +214,21 @@ class Engine:
                 self._known_bytes -= sum(t.nbytes for t in old.tensors.values())
         return found
 
+    @property
+    def slots(self) -> int:
+        """Deltas that can be in use at a time."""
+        return self._slots
+
+    @property
+    def slots_used(self) -> int:
+        """Deltas in the bank."""
+        return len(self._bank.resident())
+
+    @property
+    def queue_rows(self) -> int:
+        """Rows that may wait."""
+        return self._queue_rows
+
     def waiting(self) -> int:
         """Rows in the queue."""
         return self._turns.rows

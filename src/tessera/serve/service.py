@@ -15,6 +15,7 @@ from tessera.arch import base_hash
 from tessera.errors import StorageError
 from tessera.serve.app import App, make_app
 from tessera.serve.blobs import Blobs
+from tessera.serve.dashboard import add_dashboard
 from tessera.serve.engine import Engine
 from tessera.serve.listen import Server
 from tessera.serve.recorder import Recorder
@@ -111,6 +112,7 @@ class Service:
         self.app: App = make_app(
             self.registry, self.engine, settings=settings.app, recorder=self.recorder
         )
+        self._dashboard = add_dashboard(self.app, self.registry, self.engine)
         self._stop = threading.Event()
         self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
         self._looking.start()
@@ -121,6 +123,7 @@ class Service:
         while not self._stop.wait(_LOOK_S):
             try:
                 self.registry.refresh()
+                self._dashboard.sample()
                 away = False
             except StorageError as error:
                 if not away:
