@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from tessera.cli import fit, graph, learn, replay, report, serve
+from tessera.cli import doctor, fit, graph, learn, replay, report, serve
 from tessera.errors import InputError, TesseraError, UnknownNameError
 
 __all__ = ["main"]
@@ -54,4 +54,5 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_to(commands)
     report.add_to(commands)
     graph.add_to(commands)
+    doctor.add_to(commands)
     return parser
