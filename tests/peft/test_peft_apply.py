@@ -198,6 +198,14 @@ def test_kept_while_nothing_changes(net, moved):
     assert peft.apply(net, delta).module.fc.plain is nn.Linear
 
 
+def test_buffers_that_were_replaced_are_not_kept(moved):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    delta, x = moved(peft.lora(model, 1)), torch.randn(3, 4)
+    before = peft.apply(model, delta)(x)
+    model[1].running_mean = torch.full((4,), 5.0)  # as `model.to(device)` does it
+    assert (peft.apply(model, delta)(x) - before).abs().min() > 1.0
+
+
 def test_lets_go_of_the_model(net):
     delta = peft.lora(net, 1)
     peft.apply(net, delta)

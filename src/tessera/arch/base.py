@@ -137,7 +137,7 @@ def named(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def structure(model: nn.Module) -> tuple[int, ...]:
-    """What a shadow of `model` depends on: its modules, their modes, whose parameters they hold.
+    """What a shadow of `model` depends on: its modules, their modes, and whose tensors they hold.
 
     Example:
         >>> model = nn.Linear(1, 1)
@@ -155,4 +155,5 @@ def _walk(model: nn.Module) -> Iterator[int]:
         inside = module.__dict__
         yield id(module) * 2 + inside["training"]
         yield from map(id, inside["_parameters"].values())
+        yield from map(id, inside["_buffers"].values())  # which `model.to(...)` replaces
         waiting += [child for child in inside["_modules"].values() if child is not None]
