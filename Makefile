@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 BENCHES := $(filter-out benchmarks/_% benchmarks/tune_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench docs clean
+.PHONY: help install demo demo-serve test check bench docs clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | while read -r target about; do \
-		printf '  make %-8s %s\n' "$$target" "$$about"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | while read -r target about; do \
+		printf '  make %-10s %s\n' "$$target" "$$about"; done
 
 install: $(STAMP)  ## .venv with the pinned versions of requirements.lock
 
@@ -33,6 +33,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: install  ## learn a small stream, and show what was kept and what forgotten
 	$(DEMO)
+
+demo-serve: demo  ## the demo, then the whole loop: serve, fit two tenants, gate, roll back, replay
+	$(PY) examples/continual/fewshot_lora_server.py --stay
 
 test: install  ## every test and doctest
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -q

@@ -16,6 +16,11 @@ PROMISES = {
     "own_loop.py": (r"average accuracy ([\d.]+)", 0.7),  # finetuning ends near 0.2
     # Majority gets 62 %; printed only with the line that the resumed weights are the same.
     "lora_tasks.py": (r"average accuracy, routed by retrieval ([\d.]+)", 0.9),
+    # Printed only where a better candidate passed its gate and a spoilt one did not.
+    "fewshot_lora_server.py": (
+        r"passes\n.*is refused\n(?:.*\n)*.*to the last bit: ([\d.]+)%",
+        99.9,
+    ),
     # Of the frozen base, by class means, it is 79.6.
     "few_shot.py": (r"fitted delta\s+([\d.]+)[^\n]*\n.*\nloaded again: True", 82.0),
     # What conditioning on retrieved passages gains, with nothing trained.

@@ -11,9 +11,12 @@ if _typing.TYPE_CHECKING:
     from tessera.serve.blobs import Blobs
     from tessera.serve.client import Client
     from tessera.serve.engine import Engine
+    from tessera.serve.fitting_values import FitSettings
+    from tessera.serve.gates import Policy
     from tessera.serve.listen import Server
     from tessera.serve.past import replay
     from tessera.serve.registry import Registry
+    from tessera.serve.rollout_values import Shots, Watch
     from tessera.serve.service import Service, ServiceSettings
     from tessera.serve.settings import AppSettings
 
@@ -24,10 +27,14 @@ __all__ = [
     "Blobs",
     "Client",
     "Engine",
+    "FitSettings",
+    "Policy",
     "Registry",
     "Server",
     "Service",
     "ServiceSettings",
+    "Shots",
+    "Watch",
     "make_app",
     "replay",
 ]
@@ -39,10 +46,14 @@ _WHERE = {
     "Blobs": "blobs",
     "Client": "client",
     "Engine": "engine",
+    "FitSettings": "fitting_values",
+    "Policy": "gates",
     "Registry": "registry",
     "Server": "listen",
     "Service": "service",
     "ServiceSettings": "service",
+    "Shots": "rollout_values",
+    "Watch": "rollout_values",
     "make_app": "app",
     "replay": "past",
 }

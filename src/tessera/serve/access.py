@@ -136,8 +136,10 @@ def require_admin(connection: Connection, by: Key) -> None:
         raise AccessError(f"this needs an admin's key; {by.id} is one of {by.tenant}")
 
 
-def require_tenant(connection: Connection, tenant: str, by: Key) -> Tenant:
-    """The tenant, if the key may manage it.
+def require_tenant(
+    connection: Connection, tenant: str, by: Key, *, scope: str = "manage"
+) -> Tenant:
+    """The tenant, if the key may manage it, or whatever `scope` says.
 
     Raises:
         UnknownNameError: There is no such tenant, or it is none of the key's business.
@@ -146,8 +148,8 @@ def require_tenant(connection: Connection, tenant: str, by: Key) -> Tenant:
     _require_in_force(connection, by)
     if not by.is_admin and by.tenant != tenant:
         raise _no_tenant(tenant_name(tenant))  # as if there were none: names are nobody else's
-    if not by.scopes & {"admin", "manage"}:
-        raise AccessError(f"this needs the scope manage; the key {by.id} has {sorted(by.scopes)}")
+    if not by.scopes & {"admin", scope}:
+        raise AccessError(f"this needs the scope {scope}; the key {by.id} has {sorted(by.scopes)}")
     return find_tenant(connection, tenant)
 
 

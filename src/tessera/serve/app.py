@@ -20,6 +20,7 @@ from tessera.serve.inference import Inference
 from tessera.serve.management import management
 from tessera.serve.meters import Meters
 from tessera.serve.ports import Answering, Call, Managing, Recording, only
+from tessera.serve.resolve import Ways
 from tessera.serve.settings import AppSettings
 from tessera.serve.web import (
     Disconnected,
@@ -69,13 +70,14 @@ class App:
         engine: Answering,
         settings: AppSettings,
         recorder: Recording | None,
+        ways: Ways | None = None,
     ) -> None:
         self._registry, self._settings = registry, settings
         version = _version()
         self.meters = Meters(settings.tenant_labels)
         self.management: FastAPI = management(registry, version=version)
         self._inference = Inference(
-            registry, engine, settings, Room(settings.buffered_bytes), version, recorder
+            registry, engine, settings, Room(settings.buffered_bytes), version, recorder, ways
         )
         self._under_way = 0
 
@@ -120,6 +122,8 @@ class App:
         settings = self._settings
         form = call.headers.get(b"content-type", b"").startswith(b"multipart/")
         limit = settings.upload_bytes if form else settings.management_bytes
+        if call.path.endswith((":fit", ":gate", "/sessions")):
+            limit = settings.fit_bytes
         within_s = settings.body_timeout_s
         counted = bounded(receive, call.headers, limit=limit, within_s=within_s)
         scope["tessera.id"] = call.id
@@ -173,6 +177,10 @@ class App:
         """Take no more requests for inference: not ready, 503. Those under way are answered."""
         self._inference.draining = True
 
+    def close(self) -> None:
+        """Stop what goes on beside the answers."""
+        self._inference.shadows.close()
+
     @property
     def under_way(self) -> int:
         """Requests that are being answered."""
@@ -185,6 +193,7 @@ def make_app(
     *,
     settings: AppSettings | None = None,
     recorder: Recording | None = None,
+    ways: Ways | None = None,
 ) -> App:
     """The server as an ASGI application.
 
@@ -193,6 +202,7 @@ def make_app(
         engine: Computes; whoever made it closes it.
         settings: Bounds; by default `AppSettings()`.
         recorder: Told of each answer, on the event loop, before it is sent.
+        ways: What besides aliases a model's name may stand for: sessions.
 
     Returns:
         What uvicorn, or any other ASGI server, runs.
@@ -214,7 +224,7 @@ def make_app(
         >>> engine.close()
         >>> registry.close()
     """
-    return App(registry, engine, settings or AppSettings(), recorder)
+    return App(registry, engine, settings or AppSettings(), recorder, ways)
 
 
 def _version() -> str:

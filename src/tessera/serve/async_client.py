@@ -11,9 +11,13 @@ from torch import Tensor
 
 from tessera.arch import Delta
 from tessera.errors import InputError, TesseraError
-from tessera.serve import questions
+from tessera.serve import fitting_questions, questions, rollout_questions
+from tessera.serve.fitting_values import Adapted, FitSettings
+from tessera.serve.gates import Policy
 from tessera.serve.questions import Question
-from tessera.serve.records import Alias, DeltaRecord, Key, Tenant
+from tessera.serve.records import Alias, DeltaRecord, Key, Session, Tenant
+from tessera.serve.rollout import Experiment
+from tessera.serve.rollout_values import Asked, Feedback, Gate, Gated, Shots, Watch
 
 __all__ = ["AsyncClient"]
 
@@ -115,6 +119,7 @@ class AsyncClient:
         outputs: Sequence[str] = (),
         request_id: str = "",
         timeout_s: float | None = None,
+        session: str = "",
     ) -> dict[str, Tensor]:
         """What a model makes of some inputs.
 
@@ -124,13 +129,20 @@ class AsyncClient:
             outputs: What is wanted; empty: everything.
             request_id: Under which the server's log has it.
             timeout_s: Refused where it has not started by then.
+            session: Whose request it is, so that an experiment gives all of them one arm; "": all
+                of this key are.
 
         Returns:
             Name -> [rows, ...].
         """
         return await self._ask(
             questions.infer(
-                model, inputs, outputs=outputs, request_id=request_id, timeout_s=timeout_s
+                model,
+                inputs,
+                outputs=outputs,
+                request_id=request_id,
+                timeout_s=timeout_s,
+                session=session,
             )
         )
 
@@ -193,3 +205,180 @@ class AsyncClient:
     async def history(self, name: str) -> list[Alias]:
         """All generations of an alias, the oldest first."""
         return await self._ask(questions.history(await self._own(), name))
+
+    # --- what adapts -------------------------------------------------------------------------
+
+    async def fit(
+        self,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        how: FitSettings | None = None,
+        *,
+        alias: str = "",
+        generation: int = 0,
+        reason: str = "",
+        session_s: float | None = None,
+    ) -> Adapted:
+        """Fit a delta to some shots on the server, which keeps it.
+
+        Args:
+            inputs: Name -> [shots, ...].
+            labels: int64 [shots]; None: among the inputs, for a model that computes its own loss.
+            how: Kind, rank, sites, steps, budget; None: a LoRA as the server makes it.
+            alias: Points to it afterwards, if it is still at `generation`.
+            generation: As for `set_alias`.
+            reason: As for `set_alias`.
+            session_s: Keep it for so long only, as a session.
+
+        Raises:
+            BusyError: A fit of the tenant's is under way, or too many are.
+            ConflictError: The alias is at another generation; if by then the delta was fitted, the
+                message has its hash.
+        """
+        means = {"alias": alias, "generation": generation, "reason": reason} if alias else {}
+        return await self._ask(
+            fitting_questions.fit(
+                await self._own(), inputs, labels, how, {**means, "session_s": session_s}
+            )
+        )
+
+    async def session(
+        self,
+        delta: str = "",
+        *,
+        ttl_s: float,
+        inputs: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        how: FitSettings | None = None,
+    ) -> Session:
+        """Begin a session: its `name` is a model's until it ends.
+
+        Args:
+            delta: Over one that the tenant holds.
+            ttl_s: How long, 1 to 86,400 s.
+            inputs: In place of `delta`: over a new one, fitted to these shots.
+            labels: As for `fit`.
+            how: As for `fit`.
+        """
+        return await self._ask(
+            fitting_questions.session(await self._own(), delta, ttl_s, inputs, labels, how)
+        )
+
+    async def sessions(self) -> list[Session]:
+        """The tenant's sessions that are not over."""
+        return await self._ask(fitting_questions.sessions(await self._own()))
+
+    async def end_session(self, id: str) -> None:
+        """End a session before its time."""
+        await self._ask(fitting_questions.end_session(await self._own(), id))
+
+    async def keep_session(self, id: str) -> DeltaRecord:
+        """Let the tenant hold a session's delta; the session ends all the same."""
+        return await self._ask(fitting_questions.keep_session(await self._own(), id))
+
+    # --- rollouts ----------------------------------------------------------------------------
+
+    async def begin_experiment(
+        self, alias: str, candidate: str, *, share: float, mode: str = "split", salt: str = ""
+    ) -> Experiment:
+        """Give a candidate a share of an alias's traffic, or change the share it has.
+
+        Args:
+            alias: Beside what it points to.
+            candidate: A delta's hash; "": the base alone.
+            share: 0 to 1; a larger one takes nobody the candidate away.
+            mode: "shadow": the candidate computes the same besides, and nobody sees it.
+            salt: Deals the keys; "": a new one.
+
+        Raises:
+            ConflictError: One with another candidate is running.
+        """
+        return await self._ask(
+            rollout_questions.begin_experiment(
+                await self._own(), alias, candidate, share=share, mode=mode, salt=salt
+            )
+        )
+
+    async def experiment(self, alias: str) -> dict[str, Any]:
+        """The experiment of an alias, whether it holds, its feedback and its shadows."""
+        return await self._ask(rollout_questions.experiment(await self._own(), alias))
+
+    async def end_experiment(self, alias: str) -> None:
+        """End the experiment of an alias."""
+        await self._ask(rollout_questions.end_experiment(await self._own(), alias))
+
+    async def feedback(
+        self,
+        request: str,
+        *,
+        label: int | Sequence[int] | None = None,
+        correct: bool | Sequence[bool] | None = None,
+        metric: float | None = None,
+        slices: Mapping[str, str | int | bool] | None = None,
+    ) -> Feedback:
+        """Say what became of an answer; on the server's disk when this returns.
+
+        Args:
+            request: The `request_id` it was asked under, or the answer's X-Request-Id.
+            label: The right class, or that of each row: the server compares.
+            correct: Whether the answer was right, or each row of it.
+            metric: Any measure.
+            slices: Feature -> value, for gates by slice.
+
+        Raises:
+            UnknownNameError: The log has no such answer.
+            ConflictError: Other feedback was given for it.
+        """
+        return await self._ask(
+            rollout_questions.feedback(
+                await self._own(),
+                request,
+                label=label,
+                correct=correct,
+                metric=metric,
+                slices=slices or {},
+            )
+        )
+
+    async def gate(
+        self,
+        alias: str,
+        policy: Policy | None = None,
+        *,
+        candidate: str | None = None,
+        shots: Shots | None = None,
+        output: str = "",
+        promote: bool = False,
+        watch: Watch | None = None,
+    ) -> Gated:
+        """Decide whether a candidate may take an alias's place.
+
+        Args:
+            alias: Its place.
+            policy: What is to be shown; None: `Policy()`.
+            candidate: A delta's hash; None: the experiment's.
+            shots: Held-out examples, on which both are run; None: the experiment's feedback.
+            output: Which output has the scores of classes; "": the only one, or "logits".
+            promote: Move the alias where the candidate passes.
+            watch: Move it back where live accuracy falls; None: never.
+
+        Raises:
+            ConflictError: The alias moved meanwhile, or there is no such experiment.
+        """
+        asked = Asked(
+            candidate=candidate,
+            policy=policy or Policy(),
+            shots=shots,
+            output=output,
+            promote=promote,
+            watch=watch,
+        )
+        return await self._ask(rollout_questions.gate(await self._own(), alias, asked))
+
+    async def gates(self, alias: str) -> list[Gate]:
+        """The last 100 gates of an alias, the newest first."""
+        return await self._ask(rollout_questions.gates(await self._own(), alias))
+
+    async def gate_evidence(self, alias: str, id: str) -> dict[str, Any]:
+        """What a gate was decided on: `gates.decide` of it is the decision."""
+        return await self._ask(rollout_questions.gate_evidence(await self._own(), alias, id))

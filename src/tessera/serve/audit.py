@@ -15,6 +15,7 @@ from tessera.errors import CheckpointError, InputError
 from tessera.serve import schema
 from tessera.serve.database import Change, Database
 from tessera.serve.records import Event, tenant_name
+from tessera.serve.rollout_schema import answers
 
 __all__ = ["GENESIS", "Audit"]
 
@@ -115,6 +116,9 @@ class Audit:
             )
             change.seq, change.hash = seq, own
         change.connection.execute(sa.insert(schema.audit), rows)
+        places = [_place(event) for event in events if event.kind == "request" and event.tenant]
+        if any(places):
+            change.connection.execute(sa.insert(answers), [p for p in places if p])
         return events
 
     def read(
@@ -210,6 +214,14 @@ def _hash(seq: int, previous: str, time_s: float, kind: str, tenant: str, body: 
     # The canonical JSON of the list, without parsing the body, which is canonical already.
     head = json.dumps([seq, previous, time_s, kind, tenant], separators=(",", ":"))
     return hashlib.sha256(f"{head[:-1]},{body}]".encode()).hexdigest()
+
+
+def _place(event: Event) -> dict[str, Any] | None:
+    """Where the answer to a request is, to find it by the request's id."""
+    request = event.body.get("request")
+    if not isinstance(request, str) or not 0 < len(request) <= 128 or not request.isprintable():
+        return None
+    return {"tenant": event.tenant, "request": request, "seq": event.seq}
 
 
 def _problem(row: Any, seq: int, previous: str) -> str | None:

@@ -156,6 +156,12 @@ class Bank:
         """Hashes of the deltas in it, the one used last at the end."""
         return list(self._where)
 
+    def drop(self, name: str) -> None:
+        """Empty the slot of a delta, if it has one."""
+        slot = self._where.pop(name, None)
+        if slot is not None and self._stack is not None:
+            self._stack.clear(slot)
+
     def seat(self, deltas: Mapping[str, Delta]) -> dict[str, int]:
         """Slots of these deltas, at most as many as there are; they are written where needed."""
         if len(deltas) > self._slots:

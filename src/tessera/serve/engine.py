@@ -123,6 +123,7 @@ class Engine:
         self._bank = Bank(model, slots)
         self._change = threading.Condition()
         self._turns = Turns()
+        self._forgotten: set[str] = set()
         self._closing = False
         self._count = itertools.count(1)
         self._known: OrderedDict[str, Delta] = OrderedDict()
@@ -229,6 +230,15 @@ class Engine:
         """Rows that may wait."""
         return self._queue_rows
 
+    def forget(self, name: str) -> None:
+        """Free the memory of a delta, its slot with the next batch; who still asks loads it."""
+        with self._known_lock:
+            found = self._known.pop(name, None)
+            if found is not None:
+                self._known_bytes -= sum(t.nbytes for t in found.tensors.values())
+        with self._change:
+            self._forgotten.add(name)
+
     def waiting(self) -> int:
         """Rows in the queue."""
         return self._turns.rows
@@ -305,6 +315,8 @@ class Engine:
         batch = [w for w in batch if w.future.set_running_or_notify_cancel()]
         if not batch:
             return
+        while self._forgotten:
+            self._bank.drop(self._forgotten.pop())
         deltas = {w.part.delta: w.delta for w in batch if w.delta is not None}
         begun = time.perf_counter()
         try:

@@ -56,13 +56,18 @@ class Holdings:
         self._blobs = blobs
         self._base_hash = base_hash
 
-    def put(self, tenant: str, delta: Delta, *, parent: str, by: Key) -> DeltaRecord:
-        """Keep a delta as it is now."""
+    def own(self, delta: Delta) -> Delta:
+        """A delta as it is now, if it is one for this base."""
         own = replace(delta.snapshot(), base_hash=delta.base_hash or self._base_hash)
         _require_base("given", own.base_hash, self._base_hash)
         for name, tensor in own.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DeltaError(f"the delta's {name!r} is not finite: NaN or infinity in it")
+        return own
+
+    def put(self, tenant: str, delta: Delta, *, parent: str, by: Key) -> DeltaRecord:
+        """Keep a delta as it is now."""
+        own = self.own(delta)
         hash = own.hash
         if parent:
             content_hash(parent)

@@ -24,10 +24,12 @@ from tessera.serve.ports import (
     Call,
     Recording,
     Viewing,
-    alias_of,
     only,
 )
 from tessera.serve.records import Alias
+from tessera.serve.resolve import SESSION, Ways, choose, resolve
+from tessera.serve.rollout import Arm
+from tessera.serve.rollout_shadow import Shadows
 from tessera.serve.settings import AppSettings
 from tessera.serve.web import Disconnected, HttpError, Room, read_body, respond
 
@@ -49,6 +51,7 @@ class Inference:
         room: For bodies.
         version: Of the server, in its metadata.
         recorder: Told of each answer before it is sent, on the event loop.
+        ways: What besides aliases a model's name may stand for.
     """
 
     def __init__(
@@ -59,8 +62,11 @@ class Inference:
         room: Room,
         version: str,
         recorder: Recording | None = None,
+        ways: Ways | None = None,
     ) -> None:
         self._registry, self._engine, self._settings = registry, engine, settings
+        self._ways = ways or Ways()
+        self.shadows = Shadows(engine, recorder)
         self._room, self._recorder = room, recorder
         self._catalogue = Catalogue(registry, engine, settings, version)
         self.draining = False
@@ -101,22 +107,21 @@ class Inference:
         call.route = "infer"
         only(call, "POST")
         self._refuse_if_draining()
-        alias = alias_of(self._registry, call, name, version)
+        alias = resolve(self._registry, self._ways, call, name, version)
         call.tenant = alias.tenant
         body = await self._body(call, receive, self._settings.limits.body_bytes)
-        tally = self._catalogue.tallies.setdefault((alias.tenant, alias.name), Tally())
+        tally = self._tally(alias)
         try:
-            alias = alias_of(
-                self._registry, call, name, version
-            )  # as it is now that the body is there
-            written, length, delta = await self._run(call, alias, body, receive)
+            # As it is now that the body is there.
+            alias = resolve(self._registry, self._ways, call, name, version)
+            written, length, arm = await self._run(call, alias, body, receive)
         except BaseException:
             tally.bad += 1
             tally.bad_ns += int(1e9 * (time.monotonic() - call.began_s))
             raise
         finally:
             self._room.give(len(body))
-        headers = [(b"x-tessera-delta", delta.encode())]
+        headers = [(b"x-tessera-delta", arm.delta.encode()), *arm.headers()]
         if length is None:
             headers += _JSON
         else:
@@ -126,8 +131,8 @@ class Inference:
 
     async def _run(
         self, call: Call, alias: Alias, body: bytearray, receive: Receive
-    ) -> tuple[bytes, int | None, str]:
-        """The answer's body, the length of its JSON, and the delta that computed it."""
+    ) -> tuple[bytes, int | None, Arm]:
+        """The answer's body, the length of its JSON, and which delta computed it."""
         header = call.headers.get(b"inference-header-content-length")
         if header is not None and not (header.isdigit() and len(header) < 19):
             raise InputError(f"Inference-Header-Content-Length is no number: {header[:40]!r}")
@@ -136,7 +141,8 @@ class Inference:
             asked = await asyncio.to_thread(decode, body, length, limits=limits)
         else:
             asked = decode(body, length, limits=limits)
-        answer = await self._answer(call, alias, asked, receive)
+        arm = choose(self._registry, self._ways, call, alias, asked.parameters)
+        answer = await self._answer(call, alias, arm, asked, receive)
         written, length = encode(
             alias.name,
             str(alias.generation),
@@ -154,22 +160,28 @@ class Inference:
                 generation=alias.generation,
                 answer=answer,
                 inputs=asked.inputs,
+                arm=arm.note(),
             )
-        tally = self._catalogue.tallies[alias.tenant, alias.name]
+        tally = self._tally(alias)
         tally.good += 1
         tally.good_ns += int(1e9 * took)
         tally.rows += len(next(iter(asked.inputs.values())))
         tally.last_ms = int(1e3 * time.time())
-        return written, length, answer.delta
+        return written, length, arm
+
+    def _tally(self, alias: Alias) -> Tally:
+        # Names of sessions come and go: they are counted together.
+        name = SESSION if alias.name.startswith(SESSION) else alias.name
+        return self._catalogue.tallies.setdefault((alias.tenant, name), Tally())
 
     async def _answer(
-        self, call: Call, alias: Alias, asked: InferRequest, receive: Receive
+        self, call: Call, alias: Alias, arm: Arm, asked: InferRequest, receive: Receive
     ) -> Answered:
         within_s = _timeout_s(asked, self._settings.infer_timeout_s)
-        if self._engine.has(alias.delta):
-            future = self._submit(alias, asked, within_s)
+        if self._engine.has(arm.delta):
+            future = self._submit(call, alias, arm, asked, within_s)
         else:
-            future = await asyncio.to_thread(self._submit, alias, asked, within_s)
+            future = await asyncio.to_thread(self._submit, call, alias, arm, asked, within_s)
         waiter = asyncio.wrap_future(future)
         gone: asyncio.Future[Any] | None = None
         try:
@@ -196,10 +208,15 @@ class Inference:
             if gone is not None:
                 gone.cancel()
 
-    def _submit(self, alias: Alias, asked: InferRequest, within_s: float) -> Future[Any]:
-        return self._engine.submit(
-            asked.inputs, alias.delta, tenant=alias.tenant, timeout_s=within_s
+    def _submit(
+        self, call: Call, alias: Alias, arm: Arm, asked: InferRequest, within_s: float
+    ) -> Future[Any]:
+        future = self._engine.submit(
+            asked.inputs, arm.delta, tenant=alias.tenant, timeout_s=within_s
         )
+        if arm.shadow is not None:
+            self.shadows.mirror(call.id, alias, arm, asked.inputs, future)
+        return future
 
     async def _body(self, call: Call, receive: Receive, limit: int) -> bytearray:
         return await read_body(

@@ -122,8 +122,15 @@ class Recording(Protocol):
         generation: int,
         answer: Any,
         inputs: Mapping[str, Tensor],
+        arm: Mapping[str, Any] | None = None,
     ) -> None:
         """Take note of an answer."""
+
+    def note(self, kind: str, tenant: str, body: dict[str, Any]) -> None:
+        """Take note of something else."""
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until all that was noted is in the log."""
 
 
 @final

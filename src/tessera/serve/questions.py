@@ -155,9 +155,14 @@ def infer(
     outputs: Sequence[str] = (),
     request_id: str = "",
     timeout_s: float | None = None,
+    session: str = "",
 ) -> Question[dict[str, Tensor]]:
     """What a model makes of some inputs; tensors travel as binary data."""
-    parameters = {} if timeout_s is None else {"timeout": max(1, int(1e6 * timeout_s))}
+    parameters: dict[str, Any] = {}
+    if timeout_s is not None:
+        parameters["timeout"] = max(1, int(1e6 * timeout_s))
+    if session:
+        parameters["session"] = session
     body, length = encode_request(inputs, id=request_id, outputs=outputs, parameters=parameters)
     headers = {"Content-Type": "application/octet-stream", _LENGTH: str(length)}
     if request_id:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -66,6 +67,11 @@ class _Asked:
     generation: int
     answer: Answer
     inputs: Mapping[str, Tensor]
+    arm: Mapping[str, Any]
+
+
+_Noted = tuple[str, str | None, dict[str, Any]]
+_Item = _Asked | Ran | _Noted
 
 
 @final
@@ -94,7 +100,7 @@ class Recorder:
         self._audit, self._blobs, self._keep = audit, blobs, keep
         # Batches are counted from 1 in each process: this says of which.
         self.boot = secrets.token_hex(8)
-        self._queue: queue.Queue[_Asked | Ran | threading.Event | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[_Item | threading.Event | None] = queue.Queue(_WAITING)
         self.failed = 0
         audit.append(
             "server.start",
@@ -119,6 +125,7 @@ class Recorder:
         generation: int,
         answer: Answer,
         inputs: Mapping[str, Tensor],
+        arm: Mapping[str, Any] | None = None,
     ) -> None:
         """Take note of an answer.
 
@@ -129,6 +136,7 @@ class Recorder:
             generation: Of the alias then.
             answer: What it got.
             inputs: What it asked; not changed afterwards.
+            arm: What an experiment said of it; None: it took part in none.
 
         Raises:
             BusyError: The log is too far behind.
@@ -142,8 +150,15 @@ class Recorder:
                     generation=generation,
                     answer=answer,
                     inputs=inputs,
+                    arm=arm or {},
                 )
             )
+
+    def note(self, kind: str, tenant: str, body: dict[str, Any]) -> None:
+        """Take note of something that may be lost: where the log is far behind, it is."""
+        if self._keep != "nothing":
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait((kind, tenant, body))
 
     def _tell(self, item: _Asked) -> None:
         try:
@@ -165,7 +180,7 @@ class Recorder:
     def _work(self) -> None:
         going = True
         while going:
-            group: list[_Asked | Ran] = []
+            group: list[_Item] = []
             told: list[threading.Event] = []
             until: float | None = None
             while len(group) < _GROUP:
@@ -186,7 +201,7 @@ class Recorder:
             for event in told:
                 event.set()
 
-    def _write(self, group: Sequence[_Asked | Ran]) -> None:
+    def _write(self, group: Sequence[_Item]) -> None:
         if not group:
             return
         try:
@@ -205,9 +220,11 @@ class Recorder:
             places = {id(item): i for i, item in enumerate(asked)}
             self._audit.extend(
                 [
-                    self._ran(item)
+                    self._asked(item, blob, places[id(item)])
+                    if isinstance(item, _Asked)
+                    else self._ran(item)
                     if isinstance(item, Ran)
-                    else self._asked(item, blob, places[id(item)])
+                    else item
                     for item in group
                 ]
             )
@@ -237,7 +254,8 @@ class Recorder:
                 "blob": blob,
                 "at": at,
                 "response": response_hash(item.answer.outputs),
-            },
+            }
+            | dict(item.arm),
         )
 
 

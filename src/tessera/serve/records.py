@@ -16,6 +16,7 @@ __all__ = [
     "DeltaRecord",
     "Event",
     "Key",
+    "Session",
     "Tenant",
     "View",
     "alias_name",
@@ -119,6 +120,26 @@ class Alias:
     delta: str
     changed_s: float
     reason: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Session:
+    """A delta under a name that ends by itself.
+
+    Attributes:
+        id: Nobody can guess it.
+        name: The model's name to ask it by.
+        tenant: Whose it is; nobody else can use it.
+        delta: Its delta's hash.
+        expires_s: When it ends, in seconds since 1970, as the clock stood when it began.
+    """
+
+    id: str
+    name: str
+    tenant: str
+    delta: str
+    expires_s: float
 
 
 @final

@@ -7,11 +7,14 @@ from collections.abc import Callable, Collection
 from typing import final
 
 from tessera.arch import Delta
+from tessera.errors import UnknownNameError
 from tessera.serve import access, pointers, tenancy
 from tessera.serve.blobs import Blobs
 from tessera.serve.holdings import Holdings
 from tessera.serve.ledger import Ledger
 from tessera.serve.records import Alias, DeltaRecord, Key, Tenant, View, content_hash
+from tessera.serve.rollout_desk import Rollouts
+from tessera.serve.sessions import Sessions, Ticks, machine_ticks
 
 __all__ = ["Registry"]
 
@@ -30,6 +33,7 @@ class Registry:
         blobs: Where the deltas' files are kept.
         base_hash: `arch.base_hash` of the model that is served.
         clock: Seconds since 1970.
+        ticks: Counts how long sessions last; None: the machine's.
 
     Raises:
         InputError: No such URL.
@@ -51,11 +55,21 @@ class Registry:
     """
 
     def __init__(
-        self, url: str, blobs: Blobs, *, base_hash: str, clock: Callable[[], float] = time.time
+        self,
+        url: str,
+        blobs: Blobs,
+        *,
+        base_hash: str,
+        clock: Callable[[], float] = time.time,
+        ticks: Ticks | None = None,
     ) -> None:
         self.base_hash = content_hash(base_hash) if base_hash else ""
         self._ledger = Ledger(url, clock)
         self._holdings = Holdings(self._ledger, blobs, self.base_hash)
+        self.sessions = Sessions(
+            self._ledger, self._holdings, blobs, self.base_hash, ticks=ticks or machine_ticks()
+        )
+        self.rollouts = Rollouts(self._ledger, blobs, self.base_hash)
         self.audit = self._ledger.audit
         try:
             self.refresh()
@@ -84,6 +98,8 @@ class Registry:
             StorageError: The database is away; `view` stays as it was.
         """
         self._ledger.refresh()
+        self.sessions.refresh()
+        self.rollouts.refresh()
         return self._ledger.picture.view
 
     def authenticate(self, secret: str) -> Key:
@@ -229,12 +245,17 @@ class Registry:
 
         Raises:
             InputError: `hash` is none.
-            UnknownNameError: Nobody, or not this tenant, holds it.
+            UnknownNameError: Nobody, or not this tenant, holds it; nor is it a session's.
             DeltaError: It is for another base than this server's.
             MissingDataError: Its file is lost.
             CheckpointError: Its file is damaged, or another's.
         """
-        return self._holdings.load(hash, tenant)
+        try:
+            return self._holdings.load(hash, tenant)
+        except UnknownNameError:
+            if tenant is not None:
+                raise
+            return self.sessions.load(hash)
 
     # -- aliases ------------------------------------------------------------------------------
 

@@ -16,7 +16,17 @@ from sqlalchemy import (
     Text,
 )
 
-__all__ = ["alias_history", "aliases", "audit", "deltas", "head", "keys", "metadata", "tenants"]
+__all__ = [
+    "alias_history",
+    "aliases",
+    "audit",
+    "deltas",
+    "head",
+    "keys",
+    "metadata",
+    "sessions",
+    "tenants",
+]
 
 metadata = MetaData(
     naming_convention={
@@ -103,6 +113,24 @@ alias_history = Table(
     Column("changed_s", Double, nullable=False),
     Column("reason", Text, nullable=False),
     Column("restored", BigInteger, nullable=False),  # the generation it went back to; 0: forward
+)
+
+# Those that have ended stay while the log needs their deltas to compute answers again.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    _tenant(),
+    Column("delta", String(64), nullable=False),
+    Column("blob", String(64), nullable=False),  # its own delta's file; "": one the tenant holds
+    Column("ttl_s", Double, nullable=False),
+    Column("boot", String(64), nullable=False),  # of the machine, on whose clock `ends_s` counts
+    Column("ends_s", Double, nullable=False),
+    Column("expires_s", Double, nullable=False),  # since 1970: for other boots and machines
+    Column("ended_s", Double, nullable=True),
+    Column("revision", BigInteger, nullable=False),
+    Index("ix_sessions_revision", "revision"),
+    Index("ix_sessions_delta", "delta"),
 )
 
 audit = Table(

@@ -17,9 +17,14 @@ from tessera.serve.app import App, make_app
 from tessera.serve.blobs import Blobs
 from tessera.serve.dashboard import add_dashboard
 from tessera.serve.engine import Engine
+from tessera.serve.fitting import Fitter, FitterSettings
+from tessera.serve.fitting_web import add_adaptation
 from tessera.serve.listen import Server
 from tessera.serve.recorder import Recorder
 from tessera.serve.registry import Registry
+from tessera.serve.resolve import Ways
+from tessera.serve.rollout_desk import Desk
+from tessera.serve.rollout_web import add_rollouts
 from tessera.serve.settings import AppSettings
 
 __all__ = ["Service", "ServiceSettings"]
@@ -42,6 +47,7 @@ class ServiceSettings:
         deadline_ms: How long a request waits for company.
         queue_rows: Rows that may wait.
         app: Bounds of the HTTP face.
+        fits: How many fits, and how large, it runs for its tenants.
 
     Example:
         >>> ServiceSettings(db="sqlite:///registry.db", blobs="blobs").slots
@@ -56,6 +62,7 @@ class ServiceSettings:
     deadline_ms: float = 2.0
     queue_rows: int = 1024
     app: AppSettings = field(default_factory=AppSettings)
+    fits: FitterSettings = field(default_factory=FitterSettings)
 
 
 @final
@@ -71,6 +78,7 @@ class Service:
         registry: Tenants, keys, deltas, aliases, and the audit log.
         engine: Runs batches.
         recorder: Writes what was answered into the log.
+        fitter: Fits deltas to shots that come with a request.
         admin_key: The secret that was made at the first start; None at later ones. It is shown
             once, and kept nowhere.
 
@@ -110,8 +118,20 @@ class Service:
             on_batch=self.recorder.batch,
         )
         self.app: App = make_app(
-            self.registry, self.engine, settings=settings.app, recorder=self.recorder
+            self.registry,
+            self.engine,
+            settings=settings.app,
+            recorder=self.recorder,
+            ways=Ways(
+                sessions=self.registry.sessions, experiments=self.registry.rollouts.experiments
+            ),
         )
+        self.fitter = Fitter(self.model, self.registry, settings.fits)
+        add_adaptation(self.app.management, self.registry, self.fitter, limits=settings.app.limits)
+        desk = Desk(self.registry.rollouts, self.engine, self.recorder)
+        add_rollouts(self.app.management, self.registry, desk, limits=settings.app.limits)
+        self.registry.sessions.keep = settings.keep == "inputs"
+        self.registry.sessions.after_end = self.engine.forget
         self._dashboard = add_dashboard(self.app, self.registry, self.engine)
         self._stop = threading.Event()
         self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
@@ -123,6 +143,7 @@ class Service:
         while not self._stop.wait(_LOOK_S):
             try:
                 self.registry.refresh()
+                self.registry.sessions.sweep()
                 self._dashboard.sample()
                 away = False
             except StorageError as error:
@@ -138,7 +159,9 @@ class Service:
         """Answer what is queued, write the log, and let go of everything."""
         self._stop.set()
         self._looking.join()
+        self.fitter.close()
         self.engine.close()
+        self.app.close()
         self.recorder.close()
         self.registry.close()
 

@@ -46,6 +46,7 @@ class AppSettings:
         limits: Of a request for inference.
         management_bytes: The largest JSON body under /v1.
         upload_bytes: The largest upload of a delta.
+        fit_bytes: The largest body with shots to fit a delta to.
         buffered_bytes: Bodies that all requests may hold in memory or on disk together; beyond it
             a request is asked to come again (429).
         body_timeout_s: A client has this long to send its body.
@@ -66,6 +67,7 @@ class AppSettings:
     limits: Limits = field(default_factory=Limits)
     management_bytes: int = _MIB
     upload_bytes: int = 256 * _MIB
+    fit_bytes: int = 16 * _MIB
     buffered_bytes: int = 1024 * _MIB
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
