@@ -14,7 +14,7 @@ import torch
 
 from tessera.arch import base_hash
 from tessera.cli.served import add_model, model_of
-from tessera.errors import InputError, MissingDataError
+from tessera.errors import CheckpointError, DeltaError, InputError, MissingDataError
 
 __all__ = ["add_to"]
 
@@ -32,8 +32,9 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "replay",
         help="compute past answers of a server again, and compare",
-        description="Check the audit log's chain, run its requests again, and say of each whether "
-        "the answer is the same to the last bit. Exit status 1 if any is not.",
+        description="Check the audit log's chain and the deltas' files, run the log's requests "
+        "again, and say of each whether the answer is the same to the last bit. Exit status 1 if "
+        "any is not.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -86,6 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         print(f"the chain is whole: {registry.audit.verify()} events")
         found: Counter[str] = Counter()
+        damaged = 0
         for one in replaying.replay(
             model, registry.audit, store, registry.load, since_s=begin, tenant=args.tenant
         ):
@@ -97,9 +99,16 @@ def _run(args: argparse.Namespace) -> int:
                     f"{one.seq:>8}  {when}  {one.tenant:<16} {one.request:<36} {one.verdict}"
                     f"{': ' + one.detail if one.detail else ''}"
                 )
+        for tenant in [args.tenant] if args.tenant else [t.name for t in registry.tenants()]:
+            for record in registry.deltas(tenant):
+                try:
+                    registry.load(record.hash, tenant=tenant)
+                except (CheckpointError, DeltaError, MissingDataError) as error:
+                    damaged += 1
+                    print(f"a delta of {tenant} is damaged: {error}")
     finally:
         registry.close()
     total = sum(found.values())
     told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(found.items())) or "none"
     print(f"{total} requests: {told}")
-    return 0 if found["identical"] == total else 1
+    return 0 if found["identical"] == total and not damaged else 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,10 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def _run(args: argparse.Namespace) -> int:
     try:
         # Optional third parties come with it; no other command should wait for them.
@@ -79,10 +85,16 @@ def _run(args: argparse.Namespace) -> int:
     with service.Service(model, settings) as running:
         server = running.server(args.host, args.port)
         shown = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"serving {type(model).__name__} at http://{shown}:{args.port or '(a free port)'}")
+        # Its own socket, so that a free port has its number here.
+        listening = socket.create_server((args.host, args.port), family=_family(args.host))
+        port = listening.getsockname()[1]
+        print(f"serving {type(model).__name__} at http://{shown}:{port}")
         if running.admin_key and not os.environ.get("TESSERA_ADMIN_KEY"):
             print(f"the admin key, shown this once: {running.admin_key}")
         print(f"registry {args.db}, blobs {args.blobs}; Ctrl-C stops after answering what is here")
         sys.stdout.flush()
-        server.run()
+        # uvicorn raises the signal again when it is done, and the log must be written to its end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit(0))
+        server.run(sockets=[listening])
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import platform
 import queue
@@ -20,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tessera import trees
-from tessera.errors import BusyError, InputError
+from tessera.errors import BusyError, InputError, StorageError
 from tessera.serve.audit import Audit
 from tessera.serve.blobs import Blobs
 from tessera.serve.engine import Answer, Ran
@@ -30,6 +31,7 @@ __all__ = ["KEEP", "Recorder", "fingerprint"]
 KEEP = ("inputs", "hashes", "nothing")
 _GROUP = 256
 _EVERY_S = 0.05
+_CLOSE_S = 30.0
 _WAITING = 20_000
 _LOG = logging.getLogger("tessera.serve")
 
@@ -72,6 +74,7 @@ class _Asked:
 
 _Noted = tuple[str, str | None, dict[str, Any]]
 _Item = _Asked | Ran | _Noted
+_Entry = _Noted
 
 
 @final
@@ -79,7 +82,7 @@ class Recorder:
     """Writes requests and batches into the audit log, in groups, in a thread of its own.
 
     A group is one transaction, and one blob with the inputs of its requests. The log is behind by
-    up to a twentieth of a second: what a crash may lose is the record of the last answers, never
+    a fraction of a second: what a crash may lose is the record of the last answers, never
     a change of state, which the registry writes itself. Where the log cannot keep up requests are
     refused rather than left out of it.
 
@@ -102,6 +105,7 @@ class Recorder:
         self.boot = secrets.token_hex(8)
         self._queue: queue.Queue[_Item | threading.Event | None] = queue.Queue(_WAITING)
         self.failed = 0
+        self._give_up = math.inf
         audit.append(
             "server.start",
             None,
@@ -173,7 +177,8 @@ class Recorder:
         return written.wait(timeout_s)
 
     def close(self) -> None:
-        """Write what is left, and stop."""
+        """Write what is left, and stop; a database that is away is waited for half a minute."""
+        self._give_up = time.monotonic() + _CLOSE_S
         self._queue.put(None)
         self._thread.join()
 
@@ -202,36 +207,64 @@ class Recorder:
                 event.set()
 
     def _write(self, group: Sequence[_Item]) -> None:
+        """Write a group, however long the database is away; the queue behind it fills meanwhile."""
         if not group:
             return
-        try:
-            asked = [item for item in group if isinstance(item, _Asked)]
-            blob = ""
-            if asked and self._keep == "inputs":
-                blob = self._blobs.put(
-                    save(
-                        {
-                            f"{i}.{name}": tensor.contiguous()
-                            for i, item in enumerate(asked)
-                            for name, tensor in item.inputs.items()
-                        }
-                    )
+        before, delay_s = None, 0.05
+        while True:
+            try:
+                if before is None:
+                    before = self._audit.head()[0]
+                    entries = self._entries(group)
+                elif self._stands(entries[0], before):
+                    return  # the connection was lost after the commit
+                self._audit.extend(entries)
+                return
+            except StorageError as error:
+                if delay_s == 0.05:
+                    _LOG.error("the audit log cannot be written, and is tried again: %s", error)
+                if time.monotonic() > self._give_up:
+                    self._lost(group)
+                    return
+                time.sleep(delay_s)
+                delay_s = min(1.0, 2 * delay_s)
+            except Exception:
+                # A log that fails must be seen, and must not take the server with it.
+                self._lost(group)
+                return
+
+    def _lost(self, group: Sequence[_Item]) -> None:
+        self.failed += len(group)
+        _LOG.exception("%d events could not be written to the audit log", len(group))
+
+    def _stands(self, entry: _Entry, before: int) -> bool:
+        """Whether an event is in the log, after that one."""
+        kind, _, body = entry
+        return any(dict(e.body) == body for e in self._audit.read(after_seq=before, kinds=[kind]))
+
+    def _entries(self, group: Sequence[_Item]) -> list[_Entry]:
+        asked = [item for item in group if isinstance(item, _Asked)]
+        blob = ""
+        if asked and self._keep == "inputs":
+            blob = self._blobs.put(
+                save(
+                    {
+                        f"{i}.{name}": tensor.contiguous()
+                        for i, item in enumerate(asked)
+                        for name, tensor in item.inputs.items()
+                    }
                 )
-            places = {id(item): i for i, item in enumerate(asked)}
-            self._audit.extend(
-                [
-                    self._asked(item, blob, places[id(item)])
-                    if isinstance(item, _Asked)
-                    else self._ran(item)
-                    if isinstance(item, Ran)
-                    else item
-                    for item in group
-                ]
             )
-        except Exception:
-            # A log that fails must be seen, and must not take the server with it.
-            self.failed += len(group)
-            _LOG.exception("%d events could not be written to the audit log", len(group))
+        places = {id(item): i for i, item in enumerate(asked)}
+        found: list[_Entry] = []
+        for item in group:
+            if isinstance(item, _Asked):
+                found.append(self._asked(item, blob, places[id(item)]))
+            elif isinstance(item, Ran):
+                found.append(self._ran(item))
+            else:
+                found.append(item)
+        return found
 
     def _ran(self, ran: Ran) -> tuple[str, str | None, dict[str, Any]]:
         body = {"boot": self.boot, "batch": ran.batch, "ms": round(ran.ms, 3)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import final
 
+from prometheus_client import Gauge
 from torch import nn
 
 from tessera.arch import base_hash
@@ -132,6 +133,16 @@ class Service:
         add_rollouts(self.app.management, self.registry, desk, limits=settings.app.limits)
         self.registry.sessions.keep = settings.keep == "inputs"
         self.registry.sessions.after_end = self.engine.forget
+        for name, about, read in (
+            ("tessera_queue_rows", "Rows that wait for a batch", self.engine.waiting),
+            ("tessera_slots_used", "Deltas in the bank", lambda: self.engine.slots_used),
+            (
+                "tessera_log_lost",
+                "Events the audit log could not take",
+                lambda: self.recorder.failed,
+            ),
+        ):
+            Gauge(name, about, registry=self.app.meters.registry).set_function(read)
         self._dashboard = add_dashboard(self.app, self.registry, self.engine)
         self._stop = threading.Event()
         self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
