@@ -112,7 +112,7 @@ def batches(model: nn.Module, title: str, sites: list[str]) -> None:
 
 def attach(model: nn.Module) -> None:
     deltas = tenants(model, SITES["query and value"])
-    stack = peft.stack(deltas, slots=ROWS + 1)
+    stack, served = peft.stack(deltas, slots=ROWS + 1), deltas[0].snapshot()
     peft.apply(model, stack)
     with tempfile.TemporaryDirectory() as folder:
         paths = saved(deltas, folder)
@@ -127,8 +127,9 @@ def attach(model: nn.Module) -> None:
         runs: list[tuple[str, Callable[[], Any], Callable[[], Any] | None, str]] = [
             ("saved: Delta.load, Stack.put", lambda: stack.put(ROWS, arch.Delta.load(paths[0])),
              None, "; target: at most 1"),
-            ("in memory: Stack.put", lambda: stack.put(ROWS, deltas[0]),
+            ("in memory: Stack.put", lambda: stack.put(ROWS, served),
              None, "; target: at most 0.2"),
+            ("in training: Stack.put, copies", lambda: stack.put(ROWS, deltas[0]), None, ""),
             ("in memory: peft.apply, first", lambda: arch.overlay(model, [(deltas[0], 1.0)]),
              None, ""),
             ("in memory: peft.apply, again", lambda: peft.apply(model, deltas[0]), None, ""),

@@ -52,7 +52,7 @@ def main() -> None:
             print(f"{task:<16}{count:>6}{before:>13.1f}{after:>9.1f}   {gained}", flush=True)
 
 
-def one(model, encode, by, names, count, draw) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def one(model, encode, by, names, count, draw) -> tuple[float, float]:
     """Accuracy of the class means, and after the fit."""
     parts: list[list[tuple[str, str]]] = [[], []]
     for name in names:

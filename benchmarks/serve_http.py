@@ -98,7 +98,7 @@ def serve(pipe: Connection, bare: bool) -> None:
         config = uvicorn.Config(floor, port=0, access_log=False, log_level="error", lifespan="off")
         server = uvicorn.Server(config)
     else:
-        server = Server(make_app(Known(), Idle()), port=0)  # type: ignore[arg-type]
+        server = Server(make_app(Known(), Idle()), port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

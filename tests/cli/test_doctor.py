@@ -33,7 +33,7 @@ def test_a_torch_that_is_too_old_is_broken(monkeypatch, capsys):
 
 
 def test_a_servers_things(tmp_path, capsys):
-    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("sqlalchemy", reason="the extra serve is not installed")
     words = ["doctor", "--db", f"sqlite:///{tmp_path}/r.db", "--blobs", str(tmp_path / "blobs")]
     assert main(words) == 0
     said = capsys.readouterr().out

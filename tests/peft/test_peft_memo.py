@@ -245,7 +245,7 @@ def test_a_closed_memo_gives_the_forwards_back() -> None:
     def own(x: Tensor) -> Tensor:
         return x + 1
 
-    model[0].forward = own  # type: ignore[method-assign]
+    model[0].forward = own
     memo = Memo(model, [model[1].weight.requires_grad_()])
     memo.run(0, lambda: model(torch.ones(1, 3)))
     memo.close()

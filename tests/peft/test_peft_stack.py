@@ -160,6 +160,22 @@ def test_what_there_is_room_for_is_computed_though_no_delta_has_it_yet(net, toke
         assert torch.allclose(applied(tokens, rows=rows), peft.apply(net, delta)(tokens), atol=1e-5)
 
 
+def test_a_slot_keeps_the_delta_as_it_was_put(net, tokens, moved):
+    """At every site alike: conv and the mask are computed from the delta, fc from the bank."""
+    for delta in (moved(peft.lora(net, 2, sites=["conv", "fc"])), moved(peft.mask(net, "fc"))):
+        stack = peft.stack([delta], slots=2)
+        applied, rows = peft.apply(net, stack), torch.full((6,), 1)
+        stack.put(1, delta)
+        before = applied(tokens, rows=rows)
+        with torch.no_grad():
+            for tensor in delta.parameters():
+                tensor.add_(0.5)
+        assert torch.equal(applied(tokens, rows=rows), before)
+        stack.put(1, delta)
+        wanted = peft.apply(net, delta)(tokens)
+        assert torch.allclose(applied(tokens, rows=rows), wanted, atol=1e-5)
+
+
 def test_stack_holds_snapshots(net, tokens, moved):
     delta = moved(peft.lora(net, 2))
     applied = peft.apply(net, peft.stack([delta]))

@@ -10,7 +10,7 @@ import torch
 from tessera import peft
 from tessera.errors import DeltaError, InputError
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="over a model of transformers")
 
 
 def drawn(config):

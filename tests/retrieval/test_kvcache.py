@@ -293,9 +293,9 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="capacity_bytes >= 1, got 0"):
         KVCache(index, capacity_bytes=0)
     with pytest.raises(InputError, match=r"whole capacity_bytes, got 1\.5"):
-        KVCache(index, capacity_bytes=1.5)  # type: ignore[arg-type]
+        KVCache(index, capacity_bytes=1.5)
     with pytest.raises(InputError, match=r"with \.hash and \.base_hash.*got str"):
-        KVCache(index, adapter="lora")  # type: ignore[arg-type]
+        KVCache(index, adapter="lora")
     with pytest.raises(InputError, match=r"adapter is of the base base\.\.\., the values of other"):
         KVCache(index, adapter=Adapter(), base_hash="other")
     cache = KVCache(index, adapter=Adapter())
@@ -308,7 +308,7 @@ def test_what_it_refuses() -> None:
     with pytest.raises(InputError, match="a value for each of 2 payloads, got 1"):
         cache.get_or_compute([0, 1], lambda p: [torch.ones(1)])
     with pytest.raises(InputError, match="for each of 1 payloads, got <class 'NoneType'>"):
-        cache.get_or_compute([0], lambda p: None)  # type: ignore[arg-type, return-value]
+        cache.get_or_compute([0], lambda p: None)
     with pytest.raises(InputError, match="the computed value of entry 0 holds a float"):
         cache.get_or_compute([0], lambda p: [1.0])
     with pytest.raises(InputError, match="asked the cache for some"):

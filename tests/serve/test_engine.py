@@ -214,7 +214,7 @@ def test_bad_settings(model, settings):
 
 def test_sequences_in_buckets():
     """A row's bits do not depend on its company, padding in a neighbour's mask included."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="over a model of transformers")
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=32, max_position_embeddings=40, initializer_range=0.3,

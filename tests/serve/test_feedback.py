@@ -11,6 +11,7 @@ import torch
 
 from tessera.errors import AccessError, ConflictError, InputError, UnknownNameError
 from tessera.serve.blobs import Blobs
+from tessera.serve.engine import Answer
 from tessera.serve.feedback import Said
 from tessera.serve.recorder import Recorder
 from tessera.serve.records import Key
@@ -141,7 +142,7 @@ def test_rows_of_a_request_are_examples_of_their_own(place: Place) -> None:
 
 
 def test_a_request_that_the_log_will_not_have(place: Place) -> None:
-    desk = Desk(place.registry.rollouts, engine=None, recorder=None)  # type: ignore[arg-type]
+    desk = Desk(place.registry.rollouts, engine=None, recorder=None)
     with pytest.raises(UnknownNameError, match="no answer"):
         desk.feedback("acme", Said.parse({"request": "never", "correct": True}), by=place.by)
     with pytest.raises(InputError, match="keeps no inputs"):
@@ -153,21 +154,16 @@ def test_what_is_not_in_the_log_yet_is_waited_for(place: Place) -> None:
     registry = place.registry
     recorder = Recorder(registry.audit, registry.rollouts.blobs, base_hash="")
     try:
-
-        class Answer:
-            outputs = {"y": torch.zeros(1)}  # noqa: RUF012
-            delta, batch, part = "", 1, 0
-
         recorder.request(
             "late",
             tenant="acme",
             alias="m",
             generation=1,
-            answer=Answer(),  # type: ignore[arg-type]
+            answer=Answer(outputs={"y": torch.zeros(1)}, delta="", batch=1, part=0),
             inputs={"x": torch.zeros(1)},
             arm={"arm": "incumbent", "experiment": "e9", "bucket": 1},
         )
-        desk = Desk(registry.rollouts, engine=None, recorder=recorder)  # type: ignore[arg-type]
+        desk = Desk(registry.rollouts, engine=None, recorder=recorder)
         kept = desk.feedback("acme", Said.parse({"request": "late", "correct": True}), by=place.by)
         assert (kept.arm, kept.experiment) == ("incumbent", "e9")
     finally:

@@ -76,7 +76,7 @@ def ask_many(served, server, secrets: list[str], count: int) -> None:
 def server(request, served, tmp_path_factory):
     """One that has answered, and ended."""
     if request.param == "bert":
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", reason="over a model of transformers")
     made = served.Served(
         tmp_path_factory.mktemp("replay"), request.param, ["--slots", "4", "--max-rows", "16"]
     )

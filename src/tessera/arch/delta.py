@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, final
 
@@ -31,6 +32,7 @@ PARTS = {
 }
 
 
+@lru_cache(maxsize=1 << 14)  # the same few names, several times at every attach
 def split(name: str) -> tuple[str, str]:
     """The site and the part of a tensor's name.
 

@@ -258,4 +258,4 @@ def _require_plain(model: nn.Module, site: str) -> None:
                 "lay the delta over a module inside"
             )
         if step is not None:
-            module = module._modules[step]  # type: ignore[assignment]
+            module = module.get_submodule(step)

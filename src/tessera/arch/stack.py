@@ -153,6 +153,8 @@ class Stack:
     def put(self, slot: int, delta: Delta) -> None:
         """Write a delta into a slot, over what was there; no call may be using that slot.
 
+        The slot keeps the delta as it is now: one that can still be trained is copied.
+
         Raises:
             InputError: There is no such slot.
             DeltaError: It is of another base, or has a site, rank or kind this stack has no room
@@ -179,7 +181,8 @@ class Stack:
                 self._write(row, name, tensor, delta)
         for kind, counts in self.tokens.items():
             counts[slot] = len(delta.tensors[kind]) if kind in delta.tensors else 0
-        self.deltas[slot] = delta
+        # What is computed delta by delta is computed from the delta itself (arch.rowwise).
+        self.deltas[slot] = delta.snapshot() if delta.parameters() else delta
 
     def _check(self, name: str, tensor: Tensor, delta: Delta) -> bool:
         """Raise unless there is room for a tensor; whether it fills all of it."""

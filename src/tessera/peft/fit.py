@@ -35,8 +35,9 @@ def fit(
 
     Adam on the delta's tensors alone: ``delta -= lr adam(grad of the mean loss on the shots)``.
     The base is neither changed nor copied, and runs in eval mode, so that dropout draws nothing.
-    What lies below the delta's lowest site is computed in the first step and remembered: a delta
-    over the top layers costs these layers only. The values are the same bits as without.
+    Modules below the delta's lowest site are called in the first step only, and their outputs
+    remembered: a delta over the top layers costs these layers only. (What a forward does between
+    modules, as ``F.relu``, is no module, and done again.) The values are the same bits as without.
 
     It stops before `steps` when the loss is a thousandth of its first value, or when 10 passes over
     the shots have not brought the best loss down by a thousandth of the first; then, or when the

@@ -93,7 +93,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, live: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's own has no types
         self.root = Node("", 0)
         self.lost = False
         self._stack = [self.root]

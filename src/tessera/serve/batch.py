@@ -166,7 +166,9 @@ class Bank:
         """Slots of these deltas, at most as many as there are; they are written where needed."""
         if len(deltas) > self._slots:
             raise InputError(f"a batch of {len(deltas)} deltas, and {self._slots} slots")
-        if self._stack is None or not all(self._fits(d) for d in deltas.values()):
+        if self._stack is None or not all(
+            name in self._where or self._fits(d) for name, d in deltas.items()
+        ):
             self._widen(deltas)
         assert self._stack is not None
         for name, delta in deltas.items():

@@ -6,14 +6,14 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, final
 
-import orjson
 import torch
 from torch import Tensor
 
 from tessera.errors import InputError
 from tessera.serve.datatypes import from_json
 from tessera.serve.fitting_values import FitSettings
-from tessera.serve.oip_read import Binary, only_known, read_tensors
+from tessera.serve.oip import length_of, parts_of
+from tessera.serve.oip_read import only_known, read_tensors
 from tessera.serve.settings import Limits
 
 __all__ = ["Asked", "read_asked"]
@@ -68,7 +68,7 @@ def read_asked(
         >>> asked.labels, asked.settings.steps, asked.rest
         (tensor([0, 1]), 5, {'ttl_s': 60})
     """
-    said, binary = _split(body, header_length, limits)
+    said, binary = parts_of(body, length_of(header_length), limits)
     only_known(said, frozenset({"inputs", _LABELS, *_HOW}) | allowed, "the request")
     listed, labels = said.get("inputs", []), said.get(_LABELS)
     if type(listed) is not list:
@@ -122,30 +122,6 @@ def _settings(said: dict[str, Any]) -> FitSettings:
 def _require(name: str, value: object, fits: bool, what: str) -> None:
     if not fits:
         raise InputError(f"{name} must be {what}, it is {_shown(value)}")
-
-
-def _split(
-    body: bytes, header_length: bytes | None, limits: Limits
-) -> tuple[dict[str, Any], Binary]:
-    if header_length is not None and not (header_length.isdigit() and len(header_length) < 19):
-        raise InputError(f"Inference-Header-Content-Length is no number: {header_length[:40]!r}")
-    length = len(body) if header_length is None else int(header_length)
-    if not 0 < length <= len(body):
-        raise InputError(
-            f"the JSON has {length} of {len(body)} bytes; send an object with inputs and labels"
-        )
-    if length > limits.json_bytes:
-        raise InputError(
-            f"a request has at most {limits.json_bytes} bytes of JSON, this one {length}; send "
-            "tensors as binary data"
-        )
-    try:
-        said = orjson.loads(memoryview(body)[:length])
-    except orjson.JSONDecodeError as error:
-        raise InputError(f"the body is no JSON: {error}") from error
-    if type(said) is not dict:
-        raise InputError(f"the body is a {type(said).__name__}, not an object")
-    return said, Binary(body, length)
 
 
 def _shown(value: object) -> str:

@@ -17,7 +17,7 @@ from starlette.types import Receive, Send
 
 from tessera.errors import InputError
 from tessera.serve.catalogue import Catalogue, Tally
-from tessera.serve.oip import InferRequest, decode, encode
+from tessera.serve.oip import InferRequest, decode, encode, length_of
 from tessera.serve.ports import (
     Answered,
     Answering,
@@ -134,9 +134,7 @@ class Inference:
     ) -> tuple[bytes, int | None, Arm]:
         """The answer's body, the length of its JSON, and which delta computed it."""
         header = call.headers.get(b"inference-header-content-length")
-        if header is not None and not (header.isdigit() and len(header) < 19):
-            raise InputError(f"Inference-Header-Content-Length is no number: {header[:40]!r}")
-        length, limits = None if header is None else int(header), self._settings.limits
+        length, limits = length_of(header), self._settings.limits
         if (len(body) if length is None else length) > _ASIDE_BYTES:
             asked = await asyncio.to_thread(decode, body, length, limits=limits)
         else:
@@ -200,7 +198,8 @@ class Inference:
                     raise Disconnected
             if waiter.cancelled():
                 raise HttpError(503, "the request was dropped: the server is shutting down")
-            return waiter.result()  # type: ignore[no-any-return]
+            answered: Answered = waiter.result()
+            return answered
         finally:
             # Nobody waits any more; of what is done already, neither changes anything.
             waiter.cancel()

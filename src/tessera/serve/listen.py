@@ -28,6 +28,7 @@ class _Guarded(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _head = 0
 
+    # uvicorn narrows the argument as well, and is not checked.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()

@@ -83,7 +83,7 @@ def decode(
         {'x': tensor([[1., 2.]])}
     """
     limits = limits or Limits()
-    said, binary = _split(body, header_length, limits)
+    said, binary = parts_of(body, header_length, limits)
     only_known(said, _REQUEST, "the request")
     found = read_tensors(said.get("inputs"), "inputs", binary, limits)
     if not found:
@@ -196,7 +196,7 @@ def decode_answer(
         {'y': tensor([2])}
     """
     limits = limits or Limits()
-    said, binary = _split(body, header_length, limits)
+    said, binary = parts_of(body, header_length, limits)
     only_known(said, _ANSWER, "the answer")
     return read_tensors(said.get("outputs"), "outputs", binary, limits)
 
@@ -231,10 +231,40 @@ def _write(
     return b"".join([words, *pieces]), len(words)
 
 
-def _split(
+def length_of(header: bytes | None) -> int | None:
+    """The number that Inference-Header-Content-Length holds; None where it was not sent.
+
+    Raises:
+        InputError: It is none.
+
+    Example:
+        >>> length_of(b"120"), length_of(None)
+        (120, None)
+    """
+    if header is None:
+        return None
+    if not (header.isdigit() and len(header) < 19):
+        raise InputError(f"Inference-Header-Content-Length is no number: {header[:40]!r}")
+    return int(header)
+
+
+def parts_of(
     body: bytes | bytearray, header_length: int | None, limits: Limits
 ) -> tuple[dict[str, Any], Binary]:
-    """The JSON, and the bytes behind it."""
+    """The JSON, and the bytes behind it.
+
+    Args:
+        body: Of a request or an answer.
+        header_length: Bytes of JSON, as Inference-Header-Content-Length says; None: all.
+        limits: See `Limits`.
+
+    Raises:
+        InputError: It is too large, empty, or no JSON object.
+
+    Example:
+        >>> parts_of(b'{"inputs": []}', None, Limits())[0]
+        {'inputs': []}
+    """
     if len(body) > limits.body_bytes:
         raise InputError(f"a body has at most {limits.body_bytes} bytes, this one {len(body)}")
     length = len(body) if header_length is None else header_length

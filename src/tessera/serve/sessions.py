@@ -356,8 +356,8 @@ def session_length(ttl_s: object) -> float:
         >>> session_length(60)
         60.0
     """
-    if type(ttl_s) in (int, float) and 1 <= ttl_s <= _LONGEST_S:  # type: ignore[operator]
-        return float(ttl_s)  # type: ignore[arg-type]
+    if not isinstance(ttl_s, bool) and isinstance(ttl_s, int | float) and 1 <= ttl_s <= _LONGEST_S:
+        return float(ttl_s)
     raise InputError(
         f"ttl_s, how long a session lasts, is 1 to {_LONGEST_S:.0f} seconds; got {ttl_s!r:.40}"
     )
