@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,11 +260,27 @@ def _checked(url: str) -> URL:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
     connection.isolation_level = None  # transactions begin where we say, see _begin_sqlite
-    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    mode = _into_wal(connection)
     if mode != "wal":
         raise sqlite3.OperationalError(f"no WAL here, only {mode}; a local disk has it")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _into_wal(connection: sqlite3.Connection) -> str:
+    """The mode the file is in after asking for WAL.
+
+    Of all statements this one does not wait for others' locks: where several open a new file at
+    once, all but the first may be told that it is locked.
+    """
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:
