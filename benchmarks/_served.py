@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from tessera.serve.blobs import Blobs
 from tessera.serve.client import Client
 from tessera.serve.oip import decode_answer, encode_request
 from tessera.serve.registry import Registry
+from tessera.serve.service import Service, ServiceSettings
 
 ADMIN = "tsr_the-admins-key-of-a-benchmark"
 WIDTH, CLASSES = 6, 3
@@ -128,11 +130,24 @@ class Line:
 
 
 class Served:
-    """The command `tessera serve` over one of `MODELS`, in a folder that outlives it."""
+    """The command `tessera serve` over one of `MODELS`, in a folder that outlives it.
 
-    def __init__(self, folder: Path, model: str = "net", options: Sequence[str] = ()) -> None:
+    Its registry and its blobs lie there too, or where `db` and `blobs` say.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str = "net",
+        options: Sequence[str] = (),
+        *,
+        db: str = "",
+        blobs: str = "",
+    ) -> None:
         self.folder, self.model, self._options = folder, model, list(options)
         self.data = folder / "data"
+        self.db = db or f"sqlite:///{self.data}/registry.db"
+        self.blobs = blobs or str(self.data / "blobs")
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -144,10 +159,7 @@ class Served:
         """Seconds until it was ready."""
         begun = time.perf_counter()
         self.begin()
-        assert self.process is not None
-        while not self._ready():
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            time.sleep(0.02)
+        self.wait()
         return time.perf_counter() - begun
 
     def begin(self) -> None:
@@ -157,11 +169,22 @@ class Served:
             self.port = free.getsockname()[1]
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tessera", "serve", "--model", f"{__file__}:{self.model}",
-                 "--data", str(self.data), "--port", str(self.port), *self._options],
+                [sys.executable, "-m", "tessera", "serve", *self._what(),
+                 "--port", str(self.port), *self._options],
                 stdout=log, stderr=log,
                 env={**os.environ, "TESSERA_ADMIN_KEY": ADMIN, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until it is ready."""
+        assert self.process is not None
+        while not self._ready():
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            time.sleep(0.02)
+
+    def _what(self) -> list[str]:
+        where = ["--data", str(self.data), "--db", self.db, "--blobs", self.blobs]
+        return ["--model", f"{__file__}:{self.model}", *where]
 
     def _ready(self) -> bool:
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -189,17 +212,66 @@ class Served:
 
     def registry(self) -> Registry:
         """What it left, or is writing, looked at from this process."""
-        return Registry(
-            f"sqlite:///{self.data}/registry.db",
-            Blobs(str(self.data / "blobs")),
-            base_hash=base_hash(MODELS[self.model]()),
-        )
+        base = base_hash(MODELS[self.model]())
+        return Registry(self.db, Blobs(self.blobs), base_hash=base)
 
     def replay(self, *options: str) -> subprocess.CompletedProcess[str]:
         """`tessera replay` over it, in a process of its own."""
         return subprocess.run(
-            [sys.executable, "-m", "tessera", "replay", "--model", f"{__file__}:{self.model}",
-             "--data", str(self.data), *options],
+            [sys.executable, "-m", "tessera", "replay", *self._what(), *options],
             capture_output=True, text=True, timeout=600, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+
+
+class Forked(Served):
+    """A server in a fork of a process that has loaded everything: it is ready in a moment.
+
+    Its fits run in a thread; a process for them would take longer to start than the server.
+    """
+
+    def begin(self) -> None:
+        """Start it, and do not wait."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        forking = multiprocessing.get_context("forkserver")
+        forking.set_forkserver_preload(
+            ["tessera.serve.service", "tessera.serve.client", "torch._dynamo"]
+        )
+        where = {"db": self.db, "blobs": self.blobs, "slots": 3}
+        log = str(self.folder / "log")
+        child = forking.Process(target=_serve, args=(self.model, self.port, where, log))
+        child.start()
+        self.process = _Child(child)
+
+
+class _Child:
+    """As much of a Popen as `Served` needs."""
+
+    def __init__(self, child: multiprocessing.Process) -> None:
+        self._child, self.pid = child, child.pid
+
+    def poll(self) -> int | None:
+        return self._child.exitcode
+
+    def send_signal(self, how: int) -> None:
+        os.kill(self.pid, how)
+
+    def kill(self) -> None:
+        self._child.kill()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        self._child.join(timeout_s)
+        assert self._child.exitcode is not None
+        return self._child.exitcode
+
+
+def _serve(model: str, port: int, where: Mapping[str, object], log: str) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["TESSERA_ADMIN_KEY"] = ADMIN
+    torch.set_num_threads(1)
+    with Service(MODELS[model](), ServiceSettings(**where)) as running:
+        running.server("127.0.0.1", port).run()

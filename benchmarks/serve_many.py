@@ -5,8 +5,10 @@
 MiniLM, LoRA r = 8 of query and value for the last 1,200 (295 kB each, more than the engine keeps in
 memory) and of a single layer at r = 1 for the others; 10 tenants, each delta under an alias of its
 own. The command is started over it and over an empty registry, and timed until it says it is ready.
-Then an engine of 64 slots attaches the large ones, each for the first time: read from the disk,
-checked, written into a slot; the rest of a request is taken off by asking the same again.
+Then a bank of 64 slots attaches the large ones, each for the first time: read from the disk,
+checked, written into a slot over another; between two of them is a forward, which leaves nothing of
+it in the processor's caches. An engine does the same from request to answer; from that the time of
+the same request asked again is taken off, whose own scatter is said beside it.
 Targets: start at most 5 s; attach at most 5 ms; memory bounded by the slots.
 Needs: pip install 'tessera-lifelong[serve,text]'
 """
@@ -29,6 +31,7 @@ from _served import Served, minilm
 from _timing import machine
 from tessera import peft, random
 from tessera.arch import Delta, base_hash
+from tessera.serve.batch import Bank
 from tessera.serve.blobs import Blobs
 from tessera.serve.engine import Engine
 from tessera.serve.records import SYSTEM
@@ -91,6 +94,23 @@ def start(folder: Path) -> tuple[float, float, float]:
 
 
 def attach(model: nn.Module, folder: Path, names: list[str]) -> None:
+    registry, bank = opened(model, folder), Bank(model, SLOTS)
+    row = {"input_ids": torch.randint(1000, 20_000, (1, TOKENS))}
+    reads, took = [], []
+    for at, name in enumerate(names):
+        with torch.inference_mode():
+            model(**row)
+        begun = time.perf_counter()
+        delta = registry.load(name)
+        reads.append(1e3 * (time.perf_counter() - begun))
+        bank.seat({name: delta})
+        if at >= SLOTS:  # before, the bank gets its width, and is not full
+            took.append(1e3 * (time.perf_counter() - begun))
+    print(f"attach: {_spread(took)}; of it, reading and checking the file: {_spread(reads)}")
+    registry.close()
+
+
+def first_use(model: nn.Module, folder: Path, names: list[str]) -> None:
     registry = opened(model, folder)
     engine = Engine(model, registry.load, slots=SLOTS, deadline_ms=0.0)
     row = {"input_ids": torch.randint(1000, 20_000, (1, TOKENS))}
@@ -102,25 +122,30 @@ def attach(model: nn.Module, folder: Path, names: list[str]) -> None:
 
     for name in names[:SLOTS]:  # the bank gets its width, and is full
         ask(name)
-    held, took = [memory_mb()], []
+    held, took, again = [memory_mb()], [], []
     for at, name in enumerate(names[SLOTS:]):
-        first = ask(name)
-        took.append(first - min(ask(name), ask(name)))
+        first, second, third = ask(name), ask(name), ask(name)
+        took.append(first - min(second, third))
+        again.append(max(second, third) - min(second, third))
         if at % 250 == 249:
             held.append(memory_mb())
-    took.sort()
-    middle, most = statistics.median(took), took[int(0.99 * len(took))]
     print(
-        f"attach on first use: {middle:.2f} ms, p99 {most:.2f} (of {len(took)}); target: at most 5"
+        f"what a first request takes longer: {_spread(took)}; target: at most 5 ms. What one of "
+        f"two equal requests takes longer than the other: {_spread(again)}"
     )
     print(
         f"memory with {SLOTS} slots full {held[0]:.0f} MB; after each 250 more deltas "
         f"{', '.join(f'{h:.0f}' for h in held[1:])}; the engine keeps 268 MB of deltas besides"
     )
-    reads = sorted(_ms(lambda name=name: registry.load(name)) for name in names[:200])
-    print(f"of it, reading and checking the file: {reads[100]:.2f} ms, p99 {reads[197]:.2f}")
     engine.close()
     registry.close()
+
+
+def _spread(took: list[float]) -> str:
+    took = sorted(took)
+    return (
+        f"{statistics.median(took):.2f} ms, p99 {took[int(0.99 * len(took))]:.2f} (of {len(took)})"
+    )
 
 
 def _ms(act: Callable[[], object]) -> float:
@@ -145,6 +170,7 @@ def main() -> None:
             took = _ms(lambda place=place: opened(model, Path(place)).close())
             print(f"of it, opening the registry, {what}: {took:.0f} ms")
         attach(model, Path(full), names)
+        first_use(model, Path(full), names)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,11 @@ ALLOWED: dict[str, dict[str, str]] = {
         "peft.Applied.__call__": "calls the user's model, whatever that takes",
         "arch.StackedModel.__call__": "calls the user's model, whatever that takes",
     },
-    "few_parameters": {},
+    "few_parameters": {
+        "meta.maml_step": "the inner loop's contract; all but two by keyword, each with a default",
+        "meta.maml_tasks": "those of maml_step, and chunk",
+        "meta.implicit_bilevel": "the contract's eleven, damping, and an outer loss of its own",
+    },
     "short_files": {},
     "short_functions": {},
     "abstract_or_final": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import tessera.data
 import tessera.opt
-from tessera import arch, graph, loss, ops, peft
+from tessera import arch, graph, loss, meta, ops, peft
 from tessera.data import Batch
 from tessera.recipes import Settings, learn
 
@@ -76,6 +77,37 @@ OVERLAY = """
 delta = peft.lora(model.layers.attn, r=8, alpha=16)
 peft.fit(delta, support_batch, steps=20, lr=5e-3)   # quick inner loop
 pred = peft.apply(model, delta)(query.x)
+"""
+
+MAML = """
+from tessera import meta
+
+def bilevel_step(task_batch, val_batch):
+    # inner loop: adapt K steps
+    adapted, meta_state = meta.maml_step(model, task_batch, inner_opt=tg.SGD(1e-2), K=5,
+                                         create_graph=True)  # higher-order
+    # outer loss on held-out
+    yhat = adapted(val_batch.x)
+    outer = T.cross_entropy(yhat, val_batch.y)
+    return outer
+"""
+
+HYPERNETWORK = """
+task_embed = meta.task_encoder(context)     # few examples -> embedding
+fast = meta.hypernet(task_embed)            # produces low-rank deltas
+with meta.fastweights(model, fast):         # scoped overlay
+    yhat = model(x_support)
+"""
+
+IMPLICIT = """
+outer = meta.implicit_bilevel(
+    model,
+    inner=lambda m: tg.SGD(m, lr=1e-2, steps=5),
+    train_batch=task_support,
+    val_batch=task_query,
+    hvp="pearlmutter", tol=1e-3
+)
+outer.backward(); meta_opt.step()
 """
 
 
@@ -160,6 +192,49 @@ def test_a_part_of_a_model_is_fitted() -> None:
     assert ops.cross_entropy(d["pred"], batch.y) < 0.9 * before
 
 
+def test_a_meta_step_of_the_guide_teaches_to_adapt(names: dict[str, Any]) -> None:
+    run(MAML, names)
+    support, query = names["batch"], Batch(torch.randn(32, 8), torch.randint(0, 4, (32,)))
+    optimizer = torch.optim.Adam(names["model"].parameters(), lr=1e-2)
+    before = names["bilevel_step"](support, query).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        names["bilevel_step"](support, query).backward()
+        optimizer.step()
+    assert names["bilevel_step"](support, query).item() < 0.7 * before
+
+
+def test_the_guides_hypernetwork_makes_a_delta_that_begins_as_the_base() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    names = {
+        "model": model,
+        "meta": meta.Hypernetwork(model, in_dim=8, num_classes=4),
+        "context": Batch(torch.randn(10, 8), torch.randint(0, 4, (10,))),
+        "x_support": torch.randn(3, 8),
+    }
+    run(HYPERNETWORK, names)
+    assert torch.equal(names["yhat"], model(names["x_support"]))
+    assert isinstance(names["fast"], arch.Delta)
+
+
+def test_the_guides_implicit_step_lowers_the_loss_after_adaptation(names: dict[str, Any]) -> None:
+    support = names["batch"]
+    names |= {
+        "meta": meta,
+        "task_support": support,
+        "task_query": support,
+        "meta_opt": torch.optim.Adam(names["model"].parameters(), lr=1e-2),
+    }
+    losses = []
+    for _ in range(20):
+        names["meta_opt"].zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # five steps are far from a minimum, which it says
+            run(IMPLICIT, names)
+        losses.append(names["outer"].item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
     page = (Path(__file__).parent.parent / "docs" / "guide" / "learn.md").read_text()
     block = next(b for b in page.split("```python\n")[1:] if b.startswith("# mine.py"))
@@ -171,7 +246,7 @@ def test_the_recipe_in_the_docs_runs(tmp_path: Path) -> None:
 PAGES = (
     *("ir", "replay", "durable-store", "generative-replay", "streams", "online", "budgets"),
     *("streaming-statistics", "retrieval", "deltas", "few-shot"),
-    *("isolation", "fit-command"),
+    *("isolation", "fit-command", "meta"),
 )
 
 

@@ -104,10 +104,11 @@ print(f"acme    promoted {improved:.3f}, rolled back {accuracy('acme', 'digits')
 service.recorder.flush()
 audit = service.registry.audit
 past = replay(base, audit, Blobs(where.blobs), service.registry.load)
-verdicts = [answer.verdict for answer in past]
+verdicts = [one.verdict for one in past]
 same = verdicts.count("identical")
 print(f"the log is a whole chain of {audit.verify()} events")
-print(f"replayed {len(verdicts)} answers, identical to the last bit: {same / len(verdicts):.1%}")
+share = f"{same / len(verdicts):.1%}"
+print(f"replayed {len(verdicts)} answers, fits and gates, identical to the last bit: {share}")
 if "--stay" in sys.argv:
     print(f"dashboard {url}/  admin key {service.admin_key}  (Ctrl-C ends it)")
     with contextlib.suppress(KeyboardInterrupt):

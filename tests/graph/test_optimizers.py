@@ -11,6 +11,7 @@ from torch import nn
 from tessera import arch, opt
 from tessera import graph as tg
 from tessera.errors import InputError, TesseraError
+from tessera.graph.optim import InnerAdam
 
 
 def net(seed=0, dtype=torch.float32):
@@ -159,11 +160,100 @@ def test_an_inner_sgd_is_a_value():
 
 def test_an_inner_step_is_differentiable_in_both_arguments():
     w, g = (torch.tensor([2.0, -1.0], requires_grad=True) for _ in range(2))
-    out = tg.SGD(0.5).update({"w": w}, {"w": g})
+    out, slots = tg.SGD(0.5).update({"w": w}, {"w": g}, {})
+    assert slots == {}
     assert torch.equal(out["w"], w - 0.5 * g)
     a, b = torch.autograd.grad(out["w"].sum(), [w, g])
     assert a.tolist() == [1.0, 1.0]
     assert b.tolist() == [-0.5, -0.5]
+
+
+RULES = {
+    "sgd": (tg.SGD(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "momentum": (
+        tg.SGD(0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    ),
+    "adam": (
+        tg.Adam(0.1, betas=(0.8, 0.95), eps=1e-3),
+        lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), eps=1e-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_inner_rule_steps_as_the_optimizer_does(name):
+    rule, build = RULES[name]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(4, dtype=torch.float64, generator=generator)
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer, ours, slots = build([theirs]), {"w": start}, {}
+    for step in range(5):
+        grad = torch.randn(4, dtype=torch.float64, generator=generator)
+        theirs.grad = grad
+        optimizer.step()
+        ours, slots = rule.update(ours, {"w": grad}, slots, step)
+        torch.testing.assert_close(ours["w"], theirs.detach(), rtol=1e-13, atol=0)
+    assert set(slots) == {"sgd": set(), "momentum": {"momentum"}, "adam": {"mean", "square"}}[name]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_inner_rule_is_differentiable_through_its_memory(name):
+    rule, _ = RULES[name]
+
+    def three(w, a, b, c):
+        params, slots = {"w": w}, {}
+        for step, g in enumerate((a, b, c)):
+            params, slots = rule.update(params, {"w": g}, slots, step)
+        return params["w"]
+
+    inputs = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    assert torch.autograd.gradcheck(three, inputs)
+
+
+def test_an_inner_adam_has_a_finite_derivative_where_no_gradient_came():
+    g = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    out, _ = tg.Adam(0.1, eps=0.5).update({"w": torch.zeros(2, dtype=torch.float64)}, {"w": g}, {})
+    (d,) = torch.autograd.grad(out["w"].sum(), g)
+    # At 0 the step is -lr g / (|g| + eps), whose derivative is -lr / eps.
+    torch.testing.assert_close(d, torch.full((2,), -0.2, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_rates_may_be_tensors_by_parameter_and_by_step():
+    rate = torch.tensor([0.5, 1.0], requires_grad=True)
+    each = {"w": rate, "b": torch.tensor(2.0)}
+    grads = {"w": torch.tensor([2.0, 4.0]), "b": torch.ones(1)}
+    zeros = {"w": torch.zeros(2), "b": torch.zeros(1)}
+    out, _ = tg.SGD(each).update(zeros, grads, {})
+    assert (out["w"].tolist(), out["b"].tolist()) == ([-1.0, -4.0], [-2.0])
+    assert torch.autograd.grad(out["w"].sum(), rate)[0].tolist() == [-2.0, -4.0]
+    rule = tg.SGD(net(), lr=[torch.tensor(1.0), 0.5, each])
+    assert [rule.update(zeros, grads, {}, k)[0]["b"].item() for k in range(3)] == [-1.0, -0.5, -2.0]
+    assert tg.SGD([0.1, 0.2]).lr == [0.1, 0.2]
+    with pytest.raises(InputError, match=r"has 3 learning rates, one a step, and comes to step 4"):
+        rule.update(zeros, grads, {}, 3)
+    with pytest.raises(InputError, match=r"rate of shape \(3,\) is none for.*of shape \(2,\)"):
+        tg.SGD({"w": torch.ones(3), "b": 0.1}).update(zeros, grads, {})
+    with pytest.raises(InputError, match=r"learning rates for b, and none for 'w'"):
+        tg.SGD({"b": 0.1}).update(zeros, grads, {})
+
+
+def test_an_inner_adam_is_a_value_and_parameters_make_an_optimizer():
+    model = net()
+    for rule, steps in ((tg.Adam(1e-2), None), (tg.Adam(model, lr=1e-2, steps=5), 5)):
+        assert isinstance(rule, InnerAdam)
+        assert (rule.lr, rule.steps) == (1e-2, steps)
+    scalar = torch.nn.Parameter(torch.tensor(1.0))
+    for params in (model.parameters(), [scalar], [{"params": [scalar]}], model.named_parameters()):
+        assert isinstance(tg.Adam(params), torch.optim.Adam)
+    assert isinstance(tg.SGD([scalar], lr=0.1), torch.optim.SGD)
+    assert tg.Adam(model.parameters()).param_groups[0]["lr"] == 1e-3
+    with pytest.raises(InputError, match=r"tg\.Adam over parameters needs lr= and takes no steps="):
+        tg.Adam(model.parameters(), lr=0.1, steps=3)
+    with pytest.raises(InputError, match=r"an inner Adam takes no weight_decay and no plugin"):
+        tg.Adam(1e-2, weight_decay=0.1)
+    with pytest.raises(InputError, match=r"betas in \[0, 1\) and eps > 0"):
+        tg.Adam(1e-2, betas=(1.0, 0.9))
 
 
 def test_the_two_forms_of_sgd_are_not_mixed():
@@ -175,9 +265,13 @@ def test_the_two_forms_of_sgd_are_not_mixed():
         tg.SGD(model)
     with pytest.raises(InputError, match=r"lr"):
         tg.SGD(1e-2, lr=1e-3)
-    for extra in ({"momentum": 0.9}, {"weight_decay": 0.1}, {"plugin": Recorder([])}):
-        with pytest.raises(InputError, match=r"plain gradient descent: momentum, weight_decay"):
+    for extra in ({"weight_decay": 0.1}, {"plugin": Recorder([])}):
+        with pytest.raises(InputError, match=r"an inner SGD takes no weight_decay and no plugin"):
             tg.SGD(model, lr=0.1, **extra)
+    with pytest.raises(InputError, match=r"momentum in \[0, 1\), got 1\.5"):
+        tg.SGD(0.1, momentum=1.5)
+    with pytest.raises(InputError, match=r"steps >= 0, got -1"):
+        tg.SGD(0.1, steps=-1)
     with pytest.raises(InputError, match=r"tg\.SGD over parameters needs lr="):
         tg.SGD(model.parameters())
     with pytest.raises(InputError, match=r"takes no steps="):

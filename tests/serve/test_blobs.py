@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -265,11 +266,13 @@ def test_what_cannot_be_packed_says_why(delta: Delta, message: str) -> None:
 # --- blobs -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["folder", "file://", "memory://"])
+@pytest.fixture(params=["folder", "file://", "memory://", "s3://"])
 def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     """On a disk, and in obstore, which speaks to object stores."""
     if request.param == "memory://":
         return Blobs("memory:///")
+    if request.param == "s3://":
+        return Blobs(f"s3://{request.getfixturevalue('s3').BUCKET}/{tmp_path.name}")
     return Blobs(f"{'file://' if '/' in request.param else ''}{tmp_path}/deep/down")
 
 
@@ -353,3 +356,61 @@ def test_each_new_folder_is_flushed_with_the_one_above(
         f"{top}/a/b/sha256/{name[:2]}",
     ]
     assert sum(p.endswith(".tmp") for p in flushed) == 1
+
+
+# --- what nobody needs -----------------------------------------------------------------------
+
+
+def test_what_is_set_aside_is_found_until_it_is_deleted(blobs: Blobs) -> None:
+    name, other = blobs.put(b"content"), blobs.put(b"other")
+    [found] = [one for one in blobs.stored() if one.name == name]
+    assert (found.aside, found.bytes) == (False, 7)
+    assert abs(found.written_s - time.time()) < 60
+    with pytest.raises(InputError, match=f"{name} is in use; set it aside first"):
+        blobs.delete(found)
+    for _ in range(2):
+        blobs.set_aside(name)
+        assert (blobs.get(name), blobs.has(name)) == (b"content", True)
+        assert {(s.name, s.aside) for s in blobs.stored()} == {(name, True), (other, False)}
+    for _ in range(2):
+        blobs.restore(name)
+        assert blobs.get(name) == b"content"
+        assert {(s.name, s.aside) for s in blobs.stored()} == {(name, False), (other, False)}
+    blobs.set_aside(name)
+    assert blobs.put(b"content") == name  # needed again, whatever becomes of the old one
+    [aside] = [one for one in blobs.stored() if one.aside]
+    for _ in range(2):
+        blobs.delete(aside)
+        assert blobs.get(name) == b"content"
+    blobs.set_aside(name)
+    blobs.delete(aside)
+    assert not blobs.has(name)
+    with pytest.raises(MissingDataError, match=name):
+        blobs.get(name)
+    blobs.set_aside(name)
+    blobs.restore(name)
+    assert [one.name for one in blobs.stored()] == [other]
+
+
+def test_what_is_not_ours_is_not_listed_and_what_a_kill_left_is(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path / "b")
+    name = blobs.put(b"content")
+    beside = tmp_path / "b" / "sha256" / name[:2]
+    for own in ("notes.txt", ".tessera-0a1b2c3d-00ff.tmp", f"{name}.bak", name[:63]):
+        (beside / own).write_bytes(b"12345")
+    (tmp_path / "b" / "README").touch()
+    found = sorted((one.name, one.bytes) for one in blobs.stored())
+    assert found == [("", 5), (name, 7)]
+
+
+def test_what_is_set_aside_is_as_old_as_that(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path / "b")
+    name = blobs.put(b"content")
+    file = tmp_path / "b" / "sha256" / name[:2] / name
+    for move in (blobs.set_aside, blobs.restore):
+        [before] = blobs.stored()
+        os.utime(tmp_path / "b" / before.key, (time.time() - 1e6,) * 2)
+        move(name)
+        [found] = blobs.stored()
+        assert time.time() - found.written_s < 60
+    assert file.exists()

@@ -17,17 +17,16 @@ from starlette.testclient import TestClient
 
 from tessera import random
 from tessera.arch import Delta
-from tessera.errors import BusyError, CheckpointError, InputError
+from tessera.errors import BusyError, CheckpointError
 from tessera.serve.app import App, make_app
 from tessera.serve.audit import GENESIS
 from tessera.serve.blobs import Blobs
 from tessera.serve.dashboard import add_dashboard
-from tessera.serve.dashboard_log import Chain, log_page
-from tessera.serve.dashboard_parts import Facts, Panel
+from tessera.serve.dashboard_log import Chain
 from tessera.serve.dashboard_session import Sessions
 from tessera.serve.dashboard_traffic import Traffic, quantile
 from tessera.serve.meters import Meters
-from tessera.serve.records import Event, Key
+from tessera.serve.records import Key
 from tessera.serve.registry import Registry
 
 ADMIN = "an-admin-key-for-the-tests-only"
@@ -293,9 +292,10 @@ def test_a_change_that_came_first_is_shown_and_kept(house):
         assert "Nothing was changed." in words
         assert "is at generation 3" in words
         assert "somebody else's" in words
-        # The form on it is about what is shown now.
-        assert 'name="generation" value="3"' in answer.text
-        assert 'name="generation" value="2"' not in answer.text
+        assert '<dd id="generation">3</dd>' in answer.text
+        # Whoever asks again is asked about what there is now.
+        again = client.get("/tenants/acme/confirm?do=rollback&alias=clf")
+        assert 'name="generation" value="3"' in again.text
     now = house.registry.alias("acme", "clf")
     assert (now.generation, now.delta) == (3, house.deltas[2])
 
@@ -304,7 +304,7 @@ def test_nothing_before_the_first_is_said(house):
     client = house.inside()
     house.registry.set_alias("acme", "new", house.deltas[0], generation=0, by=house.by)
     path = "/tenants/acme/aliases/new"
-    assert "Roll back" not in client.get(path).text
+    assert "do=rollback" not in client.get(path).text
     answer = press(client, path, do="rollback", generation="1")
     assert answer.status_code == 409
     assert "there is nothing before" in said(answer)
@@ -408,17 +408,15 @@ def test_nothing_that_others_wrote_becomes_markup(house):
     registry, by = house.registry, house.by
     registry.set_alias("acme", "clf", house.deltas[2], generation=2, by=by, reason=HOSTILE)
     registry.audit.append("gate.refused", "acme", {"reason": HOSTILE, HOSTILE: [HOSTILE]})
-    panel = Panel(
-        place="overview",
-        title=HOSTILE,
-        read=lambda tenant, name: Facts(
-            note=HOSTILE, columns=(HOSTILE,), rows=((HOSTILE,),), lines={HOSTILE: (1.0, 2.0)}
-        ),
-    )
-    client = house.inside(panels=[panel])
-    quoted = {"tenant": HOSTILE, "kind": HOSTILE}
+    client = house.inside()
+    quoted = {"tenant": HOSTILE, "kind": HOSTILE, "alias": HOSTILE}
     pages = [client.get(path) for path in PAGES]
     pages += [client.get("/events", params=quoted), client.get("/", params={"after": HOSTILE})]
+    pages += [client.get("/", params={"part": HOSTILE[:63]})]
+    asked = {"do": HOSTILE, "alias": HOSTILE, "new": HOSTILE, "delta": HOSTILE, "gate": HOSTILE}
+    pages += [client.get("/tenants/acme/confirm", params=asked)]
+    asked |= {"do": "promote", "alias": "clf", "new": "", "delta": house.deltas[0]}
+    pages += [client.get("/tenants/acme/confirm", params=asked)]
     pages += [client.get("/sign-in", params={"next": f"/{HOSTILE}"})]
     stranger = house.client()
     pages.append(stranger.get("/sign-in", params={"next": f"/{HOSTILE}"}))
@@ -463,26 +461,6 @@ def test_bodies_that_are_no_form_are_refused(house):
     assert client.post(path, content=b"a" * (2 << 20), headers=kind).status_code == 413
 
 
-def test_a_panel_is_there_when_it_has_something_to_show(house):
-    facts = [None]
-    panels = [
-        Panel(place=p, title=f"Drift on {p}", read=lambda tenant, name: facts[0])
-        for p in ("overview", "tenant", "alias", "delta")
-    ]
-    client = house.inside(panels=panels)
-    places = dict(zip(("overview", "tenant", "alias"), PAGES, strict=False))
-    places["delta"] = f"/tenants/acme/deltas/{house.deltas[0]}"
-    for path in places.values():
-        assert "Drift" not in client.get(path).text
-    facts[0] = Facts(note="none so far", columns=("slice", "n"), rows=(("de", "12"),))
-    for place, path in places.items():
-        words = said(client.get(path))
-        assert f"Drift on {place} none so far slice n de 12" in words
-        assert words.count("Drift on") == 1
-    with pytest.raises(InputError, match="cellar"):
-        Panel(place="cellar", title="", read=lambda tenant, name: None)
-
-
 def test_the_engine_says_what_it_can(house):
     house.engine.rows = 17
     words = said(house.inside().get("/"))
@@ -518,9 +496,9 @@ def seqs(page) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["all", "request"])
 def test_the_pages_of_the_log_hold_each_event_once_the_newest_first(house, kind):
-    audit = house.registry.audit
+    audit, client = house.registry.audit, house.inside()
     audit.extend([("request", "acme", {"n": n}) for n in range(120)])
-    client, path, found = house.inside(), f"/events?kind={kind}", []
+    path, found = f"/events?kind={kind}", []
     for _ in range(10):
         page = client.get(path)
         found += seqs(page)
@@ -553,34 +531,41 @@ def test_the_log_is_filtered_by_tenant_and_kind(house):
     assert shown("before=nonsense&kind=all") == right(lambda e: True)
 
 
-def test_a_page_of_the_log_costs_no_more_than_it_may():
-    @dataclass
-    class Long:
-        read_events: int = 0
-
-        def head(self) -> tuple[int, str]:
-            return 1_000_000, GENESIS
-
-        def verify(self, expect=None) -> int:
-            raise AssertionError
-
-        def read(self, *, after_seq: int = 0) -> Iterator[Event]:
-            for seq in range(after_seq + 1, 1_000_001):
-                self.read_events += 1
-                yield Event(
-                    seq=seq, previous="", hash="", time_s=0.0, kind="request", tenant="", body={}
-                )
-
-    log = Long()
-    page = log_page(log, wanted=lambda e: False, most=5000)
+def test_a_page_of_the_log_costs_no_more_than_it_may(house):
+    audit, listing = house.registry.audit, house.registry.listing
+    audit.append("gate.passed", "acme", {"alias": "clf"})
+    audit.extend([("request", "acme", {"alias": "clf"}) for _ in range(1000)])
+    end = audit.head()[0]
+    page = listing.events(kind="gate", most=500)
     assert page.events == ()
-    assert (page.first, page.last, page.more) == (995_001, 1_000_000, True)
-    assert log.read_events <= 5010
-    log = Long()
-    page = log_page(log, before=501)
+    assert (page.first, page.last, page.more) == (end - 499, end, True)
+    page = listing.events(kind="gate", most=500, before=page.first)
+    assert page.events == ()
+    page = listing.events(kind="gate", most=500, before=page.first)
+    assert [e.kind for e in page.events] == ["gate.passed"]
+    assert (page.first, page.more) == (1, False)
+    page = listing.events(kind="gate", limit=1)
+    assert (page.first, page.more) == (page.events[0].seq, True)
+    page = listing.events(before=501)
     assert [e.seq for e in page.events] == list(range(500, 450, -1))
-    assert log.read_events <= 60
-    assert log_page(Long(), before=1).events == ()
+    assert listing.events(before=1).events == ()
+
+
+def test_what_is_looked_for_is_taken_as_it_is(house):
+    audit, listing = house.registry.audit, house.registry.listing
+    audit.append("gate.passed", "acme", {"alias": "a_b", "more": {"alias": "a%b"}})
+    audit.append("gate.passed", "acme", {"alias": "axb"})
+    audit.append("gates", "acme", {"alias": HOSTILE})
+
+    def seen(**filter: str) -> list[str]:
+        return [e.body["alias"] for e in listing.events(**filter).events]
+
+    assert seen(alias="a_b") == ["a_b"]
+    assert seen(alias="a%b") == []  # it is in the body, but not what that is about
+    assert seen(alias="axb") == ["axb"]
+    assert seen(alias=HOSTILE) == [HOSTILE]
+    assert seen(kind="gate") == ["axb", "a_b"]
+    assert seen(kind="gate.%") == seen(kind="g") == seen(tenant="%", kind="gate") == []
 
 
 def tamper(house: House, statement: str) -> None:
@@ -620,9 +605,6 @@ def test_a_chain_that_was_replaced_by_another_whole_one_is_found(house):
         def head(self):
             return self.now
 
-        def read(self, *, after_seq=0):
-            return iter(())
-
         def verify(self, expect=None):
             if expect[1] != self.now[1]:
                 raise CheckpointError("it is not the one that was the head then")
@@ -642,9 +624,6 @@ def test_the_chain_is_checked_by_one_at_a_time(house):
     class Slow:
         def head(self):
             return 0, GENESIS
-
-        def read(self, *, after_seq=0):
-            return iter(())
 
         def verify(self, expect=None):
             with pytest.raises(BusyError):

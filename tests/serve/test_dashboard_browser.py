@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +28,7 @@ from tessera.serve.registry import Registry
 
 ADMIN = "an-admin-key-for-the-tests-only"
 BASE = "0" * 64
+INTENT = "/tenants/acme/aliases/intent"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
 SIZES = {"phone": (360, 740), "wide": (1600, 900)}
 
@@ -75,6 +81,22 @@ def browser() -> Iterator[Browser]:
         found.close()
 
 
+@contextlib.contextmanager
+def serving(app: App) -> Iterator[str]:
+    server = Server(app, port=0, drain_s=2)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.port}"
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     registry = Registry(f"sqlite:///{tmp_path}/r.db", Blobs(tmp_path / "blobs"), base_hash=BASE)
@@ -89,18 +111,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
         registry.set_alias("acme", "clf", deltas[-1], generation=len(deltas) - 1, by=by)
     app = make_app(registry, Engine())
     add_dashboard(app, registry, Engine())
-    server = Server(app, port=0, drain_s=2)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until = time.monotonic() + 20
-    while not server.started:
-        assert thread.is_alive()
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    yield Site(f"http://127.0.0.1:{server.port}", registry, app, deltas)
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with serving(app) as url:
+        yield Site(url, registry, app, deltas)
     registry.close()
 
 
@@ -110,17 +122,22 @@ def test_sign_in_see_a_tenant_roll_back_and_see_the_new_generation(site, browser
     expect(page.get_by_role("heading", name="acme")).to_be_visible()
     row = page.get_by_role("row").filter(has=page.get_by_role("link", name="clf", exact=True))
     expect(row.first).to_contain_text(site.deltas[1][:12])
-    page.get_by_role("button", name="Roll back clf").click()
+    page.get_by_role("link", name="Roll back clf").click()
+    expect(page.get_by_role("heading", name="Roll back clf?")).to_be_visible()
+    assert site.registry.alias("acme", "clf").generation == 2
+    page.get_by_label("Reason").fill("worse")
+    page.get_by_role("button", name="Roll back, as generation 3").click()
     expect(page.locator("#generation")).to_have_text("3")
     expect(page.get_by_role("status")).to_contain_text("Rolled back. clf is at generation 3")
     assert page.url.endswith("/tenants/acme/aliases/clf")
     assert site.registry.alias("acme", "clf").delta == site.deltas[0]
     # Promote the other one again, with a reason that would be markup elsewhere.
+    page.locator("#promote").get_by_role("button", name="Promote…").click()
     page.get_by_label("Reason").fill(HOSTILE)
     page.get_by_role("button", name="Promote to generation 4").click()
     expect(page.locator("#generation")).to_have_text("4")
     expect(page.get_by_role("table")).to_contain_text(HOSTILE)
-    page.get_by_role("link", name="Events").click()
+    page.get_by_role("link", name="Events", exact=True).click()
     page.get_by_role("button", name="Check the chain").click()
     expect(page.locator(".chain")).to_contain_text("The chain is whole")
     page.locator(".events summary").first.click()
@@ -159,7 +176,7 @@ def test_figures_move_and_forms_do_not(site, browser):
     # What did not change was not touched.
     assert page.evaluate("document.getElementById('tiles').mine")
     assert not page.evaluate("document.getElementById('tenants').mine")
-    page.goto("/tenants/acme/aliases/clf")
+    page.goto("/tenants/acme/confirm?do=rollback&alias=clf")
     page.get_by_label("Reason").fill("half written")
     page.clock.run_for(5000)
     expect(page.locator("#changed")).to_be_hidden()
@@ -167,27 +184,97 @@ def test_figures_move_and_forms_do_not(site, browser):
     page.clock.run_for(5000)
     expect(page.locator("#changed")).to_be_visible()
     expect(page.get_by_label("Reason")).to_have_value("half written")
-    expect(page.locator("#generation")).to_have_text("2")
-    page.get_by_role("link", name="Load it again").click()
+    page.get_by_role("button", name="Roll back, as generation 3").click()
+    expect(page.get_by_role("alert")).to_contain_text("Nothing was changed.")
     expect(page.locator("#generation")).to_have_text("3")
-    assert not site.complaints
+    assert site.registry.alias("acme", "clf").generation == 3
+    # The page of an answer that was refused; the browser says so itself.
+    assert [c for c in site.complaints if "409" not in c] == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-def test_pages_fit_and_can_be_read(site, browser, size, scheme, tmp_path):
+@pytest.fixture(scope="module")
+def past(tmp_path_factory) -> Iterator[tuple[ModuleType, Any]]:
+    here = str(Path(__file__).parent)
+    sys.path.insert(0, here)
+    module = importlib.import_module("_state")
+    sys.path.remove(here)
+    yield module, module.build(tmp_path_factory.mktemp("past"))
+    sys.modules.pop("_state", None)
+
+
+@pytest.fixture
+def house(past, tmp_path: Path) -> Iterator[Site]:
+    """A server with a past: see _state.py."""
+    module, written = past
+    state = module.opened(written, tmp_path, busy=True)
+    with serving(state.app) as url:
+        yield Site(url, state.registry, state.app, written.deltas["acme"])
+    state.close()
+
+
+def test_what_is_looked_at_stays_where_it_is_when_figures_move(house, browser):
+    page = house.open(browser, viewport={"width": 1440, "height": 900})
+    page.clock.install()
+    page.goto(INTENT)
+    page.locator("#accuracy summary").click()
+    page.locator("#accuracy .scroll").evaluate("box => { box.scrollTop = 60; }")
+    link = page.locator("#gates").get_by_role("link", name="Promote…")
+    link.focus()
+    page.evaluate("scrollTo(0, 400)")
+    places = "[...document.querySelectorAll('section')].map(s => s.getBoundingClientRect().top)"
+    before = page.evaluate(places)
+    house.registry.audit.append("gate.noted", "acme", {"alias": "intent", "note": "new"})
+    house.registry.audit.append("gate.noted", "acme", {"alias": "intent", "note": "newer"})
+    page.evaluate("document.getElementById('gates').mine = true")
+    page.evaluate("document.querySelector('#gates time').textContent = 'long ago'")
+    page.clock.run_for(5000)
+    expect(page.locator("#happened")).to_contain_text("newer")
+    expect(page.locator("#gates")).not_to_contain_text("long ago")
+    assert not page.evaluate("document.getElementById('gates').mine")
+    expect(link).to_be_focused()
+    assert page.locator("#accuracy details").evaluate("fold => fold.open")
+    assert page.locator("#accuracy .scroll").evaluate("box => box.scrollTop") == 60
+    assert page.evaluate(places) == before
+    assert not house.complaints
+
+
+def test_a_gated_candidate_is_promoted_by_keyboard_alone(house, browser):
+    page = house.open(browser)
+    page.goto(INTENT)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('#gates .do') !== null"):
+            break
+    # What has the focus can be seen to have it.
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Promote to intent?")).to_be_visible()
+    page.get_by_label("Reason").press("End")
+    page.keyboard.type(", and the table looks right")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#generation")).to_have_text("5")
+    assert house.registry.alias("acme", "intent").reason.endswith(", and the table looks right")
+    assert not house.complaints
+
+
+@pytest.mark.parametrize(("size", "scheme"), [("phone", "dark"), ("wide", "light")])
+def test_pages_fit_and_can_be_read(house, browser, past, size, scheme, tmp_path):
     width, height = SIZES[size]
-    for _ in range(20):
-        site.app.meters.done("infer", "acme", 200, 0.004)
-    page = site.open(browser, viewport={"width": width, "height": height}, color_scheme=scheme)
-    paths = ["/", "/tenants/acme", "/tenants/acme/aliases/clf", "/events"]
-    paths.append(f"/tenants/acme/deltas/{site.deltas[0]}")
+    page = house.open(browser, viewport={"width": width, "height": height}, color_scheme=scheme)
+    gates = {name: f"{INTENT}/gates/{gate.id}" for name, gate in past[1].gates.items()}
+    paths = ["/", "/tenants/acme", "/tenants/initech", INTENT, gates["refused"], "/events"]
+    paths += ["/tenants/acme/aliases/toxicity", "/tenants/globex/aliases/triage"]
+    paths += ["/tenants/acme/confirm?do=rollback&alias=intent"]
+    paths.append(f"/tenants/acme/deltas/{house.deltas[0]}")
     for number, path in enumerate(paths):
         page.goto(path)
+        for fold in page.locator("details.data").all():
+            fold.evaluate("fold => { fold.open = true; }")
         page.screenshot(path=tmp_path / f"{size}-{scheme}-{number}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         assert page.evaluate(FAINT) == [], path
-    assert not site.complaints
+    assert not house.complaints
 
 
 # Elements with words of their own whose contrast with what is behind them is below WCAG's 4.5.

@@ -211,11 +211,30 @@ def test_a_session_is_its_tenants_and_ends(house):
 
 
 def test_a_session_over_a_held_delta_and_one_that_is_kept(house):
-    _, _, acme, globex = house
+    _, url, acme, globex = house
     x, y = shots()
     held = acme.fit(x, y, HOW)
     over = acme.session(held.hash, ttl_s=60)
     assert accuracy(acme, over.name, x, y) == 1.0
+    about = acme.metadata(over.name)
+    assert (about["name"], about["versions"]) == (over.name, ["1"])
+    assert about["inputs"] == acme.metadata(over.name)["inputs"]
+    models, me = f"{url}/v2/models", acme._http.headers
+    for path in (f"{over.name}/ready", f"{over.name}/versions/1/ready", f"{over.name}/config"):
+        answer = httpx.get(f"{models}/{path}", headers=me)
+        assert (answer.status_code, answer.json()["name"]) == (200, over.name)
+    for path, said in (
+        (f"{over.name}/versions/2", "served at version 1 only"),
+        (f"{over.name}/stats", "those of all are 'session:' in /v2/models/stats"),
+        (f"{over.name}x/ready", "there is no model"),
+    ):
+        answer = httpx.get(f"{models}/{path}", headers=me)
+        assert (answer.status_code, said in answer.json()["error"]) == (404, True)
+    (stats,) = httpx.get(f"{models}/stats", headers=me).json()["model_stats"]
+    assert (stats["name"], stats["execution_count"]) == ("session:", 1)
+    with pytest.raises(UnknownNameError, match="there is no model"):
+        globex.metadata(over.name)
+    assert httpx.get(f"{models}/stats", headers=globex._http.headers).json() == {"model_stats": []}
     with pytest.raises(UnknownNameError, match="globex has no delta"):
         globex.session(held.hash, ttl_s=60)
     brief = acme.fit(x, y, FitSettings(r=1, steps=2), session_s=60)
@@ -242,8 +261,11 @@ def test_answers_of_a_session_can_be_computed_again_when_it_is_over(tmp_path):
             acme.end_session(made.id)
     blobs = Blobs(str(tmp_path / "blobs"))
     registry = Registry(f"sqlite:///{tmp_path}/registry.db", blobs, base_hash=base_hash(net()))
-    (again,) = replay(net(), registry.audit, blobs, registry.load)
-    assert (again.verdict, again.detail) == ("identical", "")
+    again = list(replay(net(), registry.audit, blobs, registry.load))
+    assert [(r.what, r.verdict, r.detail) for r in again] == [
+        ("fits", "identical", ""),
+        ("requests", "identical", ""),
+    ]
     registry.close()
 
 

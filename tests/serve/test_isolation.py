@@ -1,4 +1,4 @@
-"""No answer is another tenant's or half swapped, none is lost or there twice, while all is swapped.
+"""No answer is another tenant's or half swapped, none lost or there twice, in swaps and fits.
 
 At full size: python benchmarks/serve_isolation.py, or TESSERA_ISOLATION=10000 with this test.
 """
@@ -30,20 +30,24 @@ def test_every_answer_is_of_one_whole_version_of_its_own_tenant(isolation, tmp_p
     assert {what: found[what] for what in isolation.NONE} == dict.fromkeys(isolation.NONE, 0)
     assert found["asked"] == found["answered"] == found["in the log"] == asked
     assert found["swaps"] > 20  # else nothing was tried
+    assert found["fits"] > 0
+    assert found["of fitted deltas"] > 0
 
 
 def test_a_wrong_answer_would_be_seen(isolation, tmp_path):
     """The judge itself: another tenant's answer, half a delta's, another version than is named."""
     trial = isolation.Trial(tmp_path)
 
-    def said(output, delta):
-        return isolation.Said(
-            status=200, request="r", generation=1, delta=delta, outputs={"output": output}
-        )
+    def judged(output, **other):
+        right = {"tenant": 0, "input": 0, "request": "r", "said": "r", "least": 3, "generation": 3}
+        got = isolation.Got(**{**right, "delta": trial.hashes[0], "output": output, **other})
+        return trial.judge(got)
 
-    own, other = trial.right[0][0], trial.right[0][isolation.VERSIONS]
-    assert trial.judge(0, 0, said(own, trial.hashes[0])) == []
-    assert trial.judge(0, 0, said(other, trial.hashes[0])) == ["of another tenant"]
-    assert trial.judge(0, 0, said((own + other) / 2, trial.hashes[0])) == ["of no whole delta"]
-    wrong = trial.judge(0, 0, said(own, trial.hashes[1]))
-    assert wrong == ["of another delta than it names"]
+    own, others = trial.right[0][0], trial.right[0][isolation.VERSIONS]
+    assert judged(own) == []
+    assert judged(own[:0]) == ["of another shape"]
+    assert judged(others) == ["of another tenant"]
+    assert judged((own + others) / 2) == ["of no whole delta"]
+    assert judged(own, delta=trial.hashes[1]) == ["of another delta than it names"]
+    assert judged(own, said="s") == ["of another request"]
+    assert judged(own, generation=2) == ["older than was acknowledged"]

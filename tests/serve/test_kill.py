@@ -1,18 +1,17 @@
-"""The real server killed at random moments under load: what it acknowledged is there, whole.
+"""The server killed at random moments under load: what it acknowledged is there, whole.
 
-Eight kills; TESSERA_KILLS=50 for the full size.
+Fifty moments: some of the command as a process of its own, with the process in which it fits; most
+of a fork, which starts in a moment. TESSERA_KILLS multiplies them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib
 import os
 import random
 import signal
 import sqlite3
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,19 +20,19 @@ import pytest
 import torch
 
 from tessera import peft
-from tessera.errors import AccessError, TesseraError
+from tessera.errors import AccessError, ConflictError, TesseraError, UnknownNameError
 from tessera.serve.client import Client
+from tessera.serve.feedback import Said
+from tessera.serve.fitting_values import FitSettings
+from tessera.serve.rollout_values import Shots
 
-KILLS = int(os.environ.get("TESSERA_KILLS", "8"))
+TIMES = int(os.environ.get("TESSERA_KILLS", "1"))
+KILLS, FORKED = 3 * TIMES, 47 * TIMES
 NAMES = ("acme", "globex")
+GONE = ("did not answer", "the process for fits ended")
 ASKED = {"input": torch.linspace(-1.0, 1.0, 12).reshape(2, 6)}
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    yield importlib.import_module("_served")
-    sys.modules.pop("_served", None)
+SHOTS = {"input": torch.linspace(-2.0, 2.0, 48).reshape(8, 6)}
+LABELS = [0, 1, 2, 0, 1, 2, 0, 1]
 
 
 class Known:
@@ -47,18 +46,27 @@ class Known:
         self.aliases: list[tuple[str, int, str]] = []
         self.answers: list[list[tuple[str, str, int, str, float]]] = []
         self.begun_revoking: set[str] = set()
+        self.feedback: list[tuple[str, str, bool]] = []
+        self.fits: list[tuple[str, str, int]] = []
+        self.gates: list[tuple[str, str]] = []
+        self.begun: list[tuple[str, str]] = []
+        self.ended: list[tuple[str, str]] = []
+        self.loaded: set[str] = set()
+        self.thorough = False
         self.number = 0
 
 
 class Load:
-    """Threads that swap, upload, make and revoke keys, and ask, until the server is gone."""
+    """Threads that ask and change things of all kinds, until the server is gone."""
 
     def __init__(self, served, server, known: Known, trial: int, *, changes: bool = True) -> None:
         self._served, self._server, self._known, self._trial = served, server, known, trial
         self._base = served.net()
         self._failed: list[BaseException] = []
         acts = [self._ask(name, i) for name in NAMES for i in (0, 1)]
-        acts += [*map(self._swap, NAMES), self._keys()] if changes else []
+        if changes:
+            acts += [*map(self._swap, NAMES), self._keys(), self._judge("acme")]
+            acts += [self._fit("acme"), self._compare("globex")]
         self._begun = [threading.Event() for _ in acts]
         self._threads = [
             threading.Thread(target=self._until_gone, args=(act, begun))
@@ -84,7 +92,7 @@ class Load:
         except (OSError, http.client.HTTPException):
             pass
         except TesseraError as error:
-            if "did not answer" not in str(error):
+            if not any(gone in str(error) for gone in GONE):
                 self._failed.append(error)
         except BaseException as error:
             self._failed.append(error)
@@ -138,6 +146,73 @@ class Load:
                         root.revoke_key(chosen)
                         self._known.revoked.add(chosen)
 
+    def _judge(self, name: str):
+        line = self._served.Line(self._server.port, self._known.secrets[name])
+        number = 0
+        client = Client(self._server.url, self._known.secrets[name])
+        with client, contextlib.closing(line):
+            while True:
+                number += 1
+                request, right = f"{name}-judged-{self._trial}-{number}", number % 3 > 0
+                assert line.infer("clf", ASKED, request).status == 200
+                while True:
+                    with contextlib.suppress(UnknownNameError):  # the log is a moment behind
+                        client.feedback(request, correct=[right, True])
+                        break
+                    time.sleep(0.01)
+                self._known.feedback.append((name, request, right))
+                yield
+
+    def _fit(self, name: str):
+        with Client(self._server.url, self._known.secrets[name]) as client:
+            generation = next((a.generation for a in client.aliases() if a.name == "own"), 0)
+            while True:
+                yield  # a process for fits takes its time to start
+                self._known.number += 1
+                how = FitSettings(r=1, steps=2, seed=self._known.number)
+                labels = torch.tensor(LABELS)
+                found = client.fit(SHOTS, labels, how, alias="own", generation=generation)
+                generation = int(found.alias["generation"])
+                self._known.fits.append((name, found.hash, generation))
+
+    def _compare(self, name: str):
+        with Client(self._server.url, self._known.secrets[name]) as client:
+            with contextlib.suppress(UnknownNameError, ConflictError):  # left by a kill
+                client.end_experiment("ab")
+            if not any(a.name == "ab" for a in client.aliases()):
+                client.set_alias("ab", "", generation=0)
+            while True:
+                candidate = random.choice(self._known.deltas[name])
+                begun = client.begin_experiment("ab", candidate.hash, share=0.5)
+                self._known.begun.append((name, begun.id))
+                yield
+                gate = client.gate("ab", shots=Shots(inputs=SHOTS, labels=LABELS)).gate
+                self._known.gates.append((name, gate.id))
+                client.end_experiment("ab")
+                self._known.ended.append((name, begun.id))
+
+
+def check_rollouts(registry, known: Known) -> None:
+    """The feedback, fits, experiments and gates that were acknowledged."""
+    journal, gates = registry.rollouts.journal, registry.rollouts.gates
+    for name, request, right in known.feedback:
+        said = Said.parse({"request": request, "correct": [right, True]})
+        found = journal.find(name, said)
+        assert found is not None
+        assert found.outcomes == f"{right:d}1"
+        assert journal.answer(name, request).body["delta"] == found.delta
+    told = {(e.tenant, e.body["delta"]) for e in registry.audit.read(kinds=["delta.fit"])}
+    for name, hash, generation in known.fits:
+        assert registry.history(name, "own")[generation - 1].delta == hash
+        assert (name, hash) in told
+    for name, id in known.gates:
+        gate = gates.get(name, "ab", id)
+        assert gates.evidence(gate)  # which is decided again
+    begun = registry.audit.read(kinds=["experiment.started"])
+    assert set(known.begun) <= {(e.tenant, e.body["id"]) for e in begun}
+    ended = registry.audit.read(kinds=["experiment.ended"])
+    assert set(known.ended) <= {(e.tenant, e.body["experiment"]) for e in ended}
+
 
 def check_there(server, known: Known) -> float:
     """All that was acknowledged; when the first answer was given whose record is lost."""
@@ -146,8 +221,12 @@ def check_there(server, known: Known) -> float:
     for name in NAMES:
         held = {record.hash for record in registry.deltas(name)}
         assert {delta.hash for delta in known.deltas[name]} <= held
-        for hash in held:
+        for hash in held if known.thorough else held - known.loaded:
             assert registry.load(hash, tenant=name).hash == hash
+        known.loaded |= held
+        for alias in registry.aliases(name):
+            assert not alias.delta or alias.delta in held
+            assert registry.history(name, alias.name)[-1].delta == alias.delta
         history = registry.history(name, "clf")
         assert [a.generation for a in history] == list(range(1, len(history) + 1))
         assert registry.alias(name, "clf").delta == history[-1].delta
@@ -169,6 +248,7 @@ def check_there(server, known: Known) -> float:
     }
     for event in events.values():
         assert batches[event.body["boot"], event.body["batch"]] < event.seq
+    check_rollouts(registry, known)
     oldest = time.time()
     for answers in known.answers:
         told = [request in events for request, *_ in answers]
@@ -223,35 +303,112 @@ def prepare(served, server, known: Known) -> None:
         known.aliases.append((name, 1, delta.hash))
 
 
+@pytest.fixture
+def forked(served, tmp_path):
+    made = served.Forked(tmp_path)
+    yield made
+    if made.process is not None:
+        made.process.kill()
+        made.process.wait()
+
+
+def kill(load: Load, server, known: Known, trial: int) -> None:
+    """Now; then all that was acknowledged is looked for."""
+    server.end(signal.SIGKILL)
+    ended, answered = time.time(), sum(map(len, known.answers))
+    load.join()
+    oldest = check_there(server, known)
+    lost = answered - sum(map(len, known.answers))
+    print(f"kill {trial}: {lost} records lost, the oldest {max(0.0, ended - oldest):.3f} s old")
+
+
+def check_enough(known: Known, kills: int) -> None:
+    """Else nothing was tried."""
+    assert len(known.aliases) > 5 * kills
+    assert len(known.keys) > 2 * kills
+    assert known.revoked
+    for kind in ("feedback", "fits", "gates", "begun", "ended"):
+        assert len(getattr(known, kind)) >= kills / 2, kind
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_what_was_acknowledged_is_there(served, server):
+def test_killed_at_any_moment_what_was_acknowledged_is_there(served, forked):
     random.seed(0)
+    known = Known()
+    prepare(served, forked, known)
+    for trial in range(FORKED):
+        load = Load(served, forked, known, trial)
+        load.start()
+        time.sleep(0.4 * random.random())
+        kill(load, forked, known, trial)
+        if trial % 4 == 3:  # once more, while it starts
+            forked.begin()
+            time.sleep(0.5 * random.random())
+            forked.end(signal.SIGKILL)
+        forked.start()
+        check_answers(served, forked, known)
+    check_enough(known, FORKED)
+    forked.end()
+    known.thorough = True
+    check_there(forked, known)
+    done = forked.replay()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "identical" in done.stdout
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="there is no /proc here")
+def test_the_process_for_fits_goes_with_the_server_and_may_be_killed_itself(served, server):
+    """And whichever of them it was, every fit that was acknowledged is there."""
+    random.seed(1)
     known = Known()
     prepare(served, server, known)
     for trial in range(KILLS):
-        load = Load(served, server, known, trial)
+        own = children(server.process.pid)
+        assert len(own) == 1
+        before, load = len(known.fits), Load(served, server, known, trial)
         load.start()
+        until = time.monotonic() + 60
+        while len(known.fits) == before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(known.fits) > before, (server.folder / "log").read_text()
         time.sleep(0.4 * random.random())
-        server.end(signal.SIGKILL)
-        ended, answered = time.time(), sum(map(len, known.answers))
-        load.join()
-        oldest = check_there(server, known)
-        lost = answered - sum(map(len, known.answers))
-        print(f"kill {trial}: {lost} records lost, the oldest {max(0.0, ended - oldest):.3f} s old")
-        if trial % 4 == 3:  # once more, while it starts
-            server.begin()
-            time.sleep(3.0 * random.random())
-            server.end(signal.SIGKILL)
+        if trial % 2:  # the one that fits alone: its fit is refused, another takes its place
+            os.kill(own[0], signal.SIGKILL)
+            with Client(server.url, known.secrets["globex"]) as client:
+                for _ in range(60):
+                    with contextlib.suppress(TesseraError):  # it is not up yet
+                        fitted = client.fit(SHOTS, torch.tensor(LABELS), FitSettings(steps=2))
+                        break
+                    time.sleep(0.1)
+            with contextlib.closing(server.registry()) as registry:
+                assert registry.delta("globex", fitted.hash).parent == ""
+            own = children(server.process.pid)
+        kill(load, server, known, trial)
+        until = time.monotonic() + 30
+        while any(map(is_alive, own)):
+            assert time.monotonic() < until, "the process for fits was left behind"
+            time.sleep(0.01)
         server.start()
         check_answers(served, server, known)
-    assert len(known.aliases) > 5 * KILLS
-    assert len(known.keys) > 2 * KILLS
-    assert known.revoked
-    server.end()
+    check_enough(known, KILLS)
+    assert server.end() == 0
+    known.thorough = True
     check_there(server, known)
-    done = server.replay()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "identical" in done.stdout
 
 
 @pytest.mark.slow

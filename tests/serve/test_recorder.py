@@ -59,6 +59,27 @@ def test_a_database_that_comes_back_gets_everything_once(place, monkeypatch):
     registry.audit.verify()
 
 
+def test_blobs_that_come_back_get_everything_once(place, monkeypatch):
+    registry, blobs = place
+    recorder = Recorder(registry.audit, blobs, base_hash="0" * 64)
+    real, failures = Blobs.put, iter([True, True])
+
+    def put(self, data):
+        if next(failures, False):
+            raise StorageError("the blobs are away")
+        return real(self, data)
+
+    monkeypatch.setattr(Blobs, "put", put)
+    ask(recorder, "first")
+    assert recorder.flush()
+    ask(recorder, "second")
+    recorder.close()
+    assert recorded(registry) == ["first", "second"]
+    assert recorder.failed == 0
+    for event in registry.audit.read(kinds=["request"]):
+        assert blobs.has(event.body["blob"])
+
+
 def test_meanwhile_requests_are_refused(place, monkeypatch):
     registry, blobs = place
     monkeypatch.setattr(recording, "_WAITING", 3)
@@ -93,3 +114,12 @@ def test_what_is_kept(place):
     (event,) = registry.audit.read(kinds=["request"])
     assert event.body["request"] == "hashes"
     assert event.body["blob"] == ""
+
+
+def test_the_start_names_the_device_where_it_is_none_of_the_cpus(place, monkeypatch):
+    registry, blobs = place
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"NVIDIA {device}")
+    for device in ("cpu", "cuda:1", torch.device("xpu")):
+        Recorder(registry.audit, blobs, base_hash="0" * 64, device=device).close()
+    found = [e.body.get("device") for e in registry.audit.read(kinds=["server.start"])]
+    assert found == [None, "NVIDIA cuda:1", "xpu"]

@@ -263,7 +263,7 @@ def test_the_steps_lead_to_the_tables(url: str) -> None:
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, schema.metadata) == []
-        assert context.get_current_revision() == "0003"
+        assert context.get_current_revision() == "0004"
     database.close()
 
 

@@ -1,6 +1,7 @@
 """What real servers answered is computed again by the command, in a process of its own.
 
-1,000 requests of tenants with deltas of every kind; then a byte is flipped, here and there.
+1,000 requests of tenants with deltas of every kind, and fits; then a byte is flipped, here and
+there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from tessera import random
 from tessera.cli import main
 from tessera.serve.client import Client
+from tessera.serve.fitting_values import FitSettings
 
 THREADS = 8
 ASKED = {"net": 700, "bert": 300}
@@ -72,6 +74,20 @@ def ask_many(served, server, secrets: list[str], count: int) -> None:
     assert not failed, failed
 
 
+def fit_some(server, secret: str) -> None:
+    """In the server's own process for fits, below the requests that come meanwhile."""
+    y = torch.arange(12) % 3
+    x = {
+        "input": 2 * torch.eye(6)[y]
+        + 0.3 * torch.randn(12, 6, generator=random.generator(0, "tests.replay.fits"))
+    }
+    with Client(server.url, secret) as client:
+        one = client.fit(x, y, FitSettings(r=2, sites=["0"], head="2", steps=300, lr=0.05))
+        client.fit(x, y, FitSettings(parent=one.hash, steps=7))
+        client.fit(x, y, FitSettings(kind="ia3", sites=["0", "2"], steps=1000, budget={"ms": 40}))
+        client.session(ttl_s=60, inputs=x, labels=y, how=FitSettings(r=1, steps=9, seed=5))
+
+
 @pytest.fixture(scope="module", params=["net", "bert"])
 def server(request, served, tmp_path_factory):
     """One that has answered, and ended."""
@@ -91,6 +107,8 @@ def server(request, served, tmp_path_factory):
                     delta = served.drawn(base, request.param, 2 * t + v)
                     client.upload(delta)
                     client.set_alias(alias, delta.hash, generation=0)
+        if request.param == "net":
+            fit_some(made, secrets[0])
         ask_many(served, made, secrets, ASKED[request.param])
         made.end()
     finally:
@@ -121,6 +139,8 @@ def test_every_answer_again_to_the_last_bit(server):
     assert done.returncode == 0, done.stdout + done.stderr
     count = ASKED[server.model]
     assert f"{count} requests: {count} identical" in done.stdout
+    assert ("4 fits: 4 identical" if server.model == "net" else "0 fits: none") in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # no progress in a pipe
     with sqlite3.connect(server.data / "registry.db") as log:
         plans = [row[0] for row in log.execute("select body from audit where kind = 'batch'")]
     log.close()
@@ -190,6 +210,14 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_row_that_was_changed_is_seen(served, server, copy, capsys):
+    edit(copy, "update aliases set generation = 7 where tenant = 'acme' and name = 'one'")
+    status, said = replayed(served, server, copy, capsys, "--what", "gates")
+    assert status == 1, said
+    assert "the alias one of acme has generation 7, the log says 1" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flipped", "lost"])
 @pytest.mark.parametrize("which", ["inputs", "delta"])
 def test_a_spoilt_blob_is_seen_and_named(served, server, copy, capsys, which, how):
@@ -203,7 +231,8 @@ def test_a_spoilt_blob_is_seen_and_named(served, server, copy, capsys, which, ho
         flip(path)
     else:
         path.unlink()
-    status, said = replayed(served, server, copy, capsys)
+    what = "requests" if which == "inputs" else "gates"  # all files of deltas are looked at anyway
+    status, said = replayed(served, server, copy, capsys, "--what", what)
     assert status == 1, said
     assert blob in said
     assert ("damaged" if how == "flipped" else "there is no blob") in said

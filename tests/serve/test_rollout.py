@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from tessera.serve.rollout import (
 from tessera.serve.rollout_shadow import compare
 from tessera.serve.rollout_values import Shots, Watch
 from tessera.serve.service import Service, ServiceSettings
+
+JSON = {"Content-Type": "application/json"}
 
 
 # Austin Appleby's function, as its ports are checked everywhere.
@@ -330,7 +333,11 @@ def test_each_user_stays_with_an_arm_and_the_answer_and_the_log_say_which(site: 
     wider = site.client.begin_experiment("m", "", share=1.0)
     assert wider.salt == made.salt
     assert site.ask("r", 2, session="u1") == [2]
-    site.client.end_experiment("m")
+    with pytest.raises(InputError, match="a reason is one line"):
+        site.client.end_experiment("m", reason="two\nlines")
+    site.client.end_experiment("m", reason="it's no better: 50 % & more")
+    (ended,) = site.service.registry.audit.read(kinds=["experiment.ended"])
+    assert ended.body["reason"] == "it's no better: 50 % & more"
     assert site.ask("r", 2, session="u1") == [0]
     assert site.service.recorder.flush()
     events = [e.body for e in site.service.registry.audit.read(kinds=["request"])]
@@ -422,6 +429,20 @@ def test_a_candidate_passes_on_the_feedback_of_both_arms(site: Site) -> None:
         site.client.gate("m")
 
 
+def test_a_feature_that_tells_examples_apart_makes_no_slices(site: Site) -> None:
+    n = 501
+    each = {"who": [f"u{i}" for i in range(n)], "lang": ["en"] * n}
+    shots = Shots(
+        inputs={"input": torch.eye(3)[torch.zeros(n, dtype=int)]}, labels=[0] * n, slices=each
+    )
+    policy = Policy(slices=("lang", "who"))
+    with pytest.raises(InputError, match="502 slices, 501 of them by 'who'"):
+        site.client.gate("m", policy, candidate=site.worse, shots=shots)
+    assert site.client.gates("m") == []
+    made = site.client.gate("m", Policy(slices=("lang",)), candidate=site.worse, shots=shots)
+    assert [s["value"] for s in made.gate.decision["slices"]] == ["en"]
+
+
 def test_gates_over_http_refuse_what_cannot_be_judged(site: Site) -> None:
     at = f"{site.url}/v1/tenants/acme/aliases/m"
     headers = {"Authorization": f"Bearer {site.secret}"}
@@ -438,9 +459,19 @@ def test_gates_over_http_refuse_what_cannot_be_judged(site: Site) -> None:
         {"shots": shots, "watch": {}},
         {"shots": shots, "promote": True, "watch": {"minimum": 1}},
         {"shots": shots, "candidate": site.old},
+        # What a client should not be able to have kept, or said back to it without end.
+        {"policy": {"margin": 10**400}},
+        {"policy": {"slices": ["\ud800"]}},
+        {"shots": {**shots, "ids": ["a", "x" * 201]}},
+        {"shots": {**shots, "ids": ["a", "\ud800"]}},
+        {"shots": {**shots, "slices": {"s": ["a", "x" * 101]}}},
+        {"shots": {**shots, "slices": {"s\n": ["a", "b"]}}},
+        {"shots": {**shots, "slices": {f"s{i}": ["a", "b"] for i in range(17)}}},
+        {"shots": {**shots, "inputs": [{**row, "name": "\ud800"}]}},
     ):
-        answer = httpx.post(f"{at}:gate", json={"candidate": site.worse, **body}, headers=headers)
-        assert answer.status_code == 400, answer.text
+        said = json.dumps({"candidate": site.worse, **body})
+        answer = httpx.post(f"{at}:gate", content=said, headers={**headers, **JSON})
+        assert (answer.status_code, answer.json()["type"]) == (400, "InputError"), answer.text
     for method, path, status in (
         ("GET", f"{at}/experiment", 404),
         ("DELETE", f"{at}/experiment", 404),
@@ -448,6 +479,6 @@ def test_gates_over_http_refuse_what_cannot_be_judged(site: Site) -> None:
         ("GET", f"{site.url}/v1/tenants/globex/aliases/m/gates", 404),
         ("POST", f"{at}:gate", 404),
     ):
-        json = {} if method == "POST" else None
-        assert httpx.request(method, path, json=json, headers=headers).status_code == status
+        asked = {} if method == "POST" else None
+        assert httpx.request(method, path, json=asked, headers=headers).status_code == status
     assert httpx.post(f"{at}:gate", json={}).status_code == 401

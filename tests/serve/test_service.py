@@ -105,7 +105,13 @@ def test_from_the_first_key_to_the_last_bit(tmp_path):
         assert torch.allclose(
             acme.infer("clf", {"input": x})["output"], right(model, two, x), atol=1e-5
         )
-        assert acme.rollback("clf").generation == 3
+        with pytest.raises(InputError, match="a reason is one line"):
+            acme.rollback("clf", reason="two\nlines")
+        back = acme.rollback("clf", reason="worse in the evening")
+        assert (back.generation, back.reason) == (
+            3,
+            "rollback to generation 1: worse in the evening",
+        )
         assert torch.allclose(
             acme.infer("clf", {"input": x})["output"], right(model, one, x), atol=1e-5
         )

@@ -25,7 +25,9 @@ def bare_copy(module: nn.Module) -> nn.Module:
         >>> twin.weight is layer.weight, twin is layer
         (True, False)
     """
-    twin: nn.Module = object.__new__(type(module))
+    kind = type(module)
+    # While a scope of meta.fastweights is open, modules are of a class that knows the plain one.
+    twin: nn.Module = object.__new__(vars(kind).get("scoped_from", kind))
     inside = module.__dict__.copy()
     inside["_parameters"] = inside["_parameters"].copy()
     inside["_modules"] = inside["_modules"].copy()

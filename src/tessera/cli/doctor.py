@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from tessera.data.readers import FASHION_MNIST
-from tessera.errors import TesseraError
+from tessera.errors import InputError, TesseraError
 
 __all__ = ["Finding", "add_to", "findings"]
 
 _EXAMPLES = """examples:
   tessera doctor                                     # this machine
   tessera doctor --db postgresql+psycopg://host/tessera --blobs s3://bucket/tessera
+  tessera doctor --db ... --blobs ... --sweep        # blobs that nothing needs; --yes: away
 """
 
 # What each extra brings, told by what has to be importable.
@@ -37,6 +38,8 @@ _DEBIAN = {
     "dataset-fashion-mnist": FASHION_MNIST,
     "wordnet-base": Path("/usr/share/wordnet"),
 }
+# What a sweep relies on.
+_SWEEPABLE = ("database", "audit log", "tables", "clock", "blobs")
 
 
 class Finding(NamedTuple):
@@ -69,6 +72,12 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--db", metavar="URL", help="of a server: is it there, is its log whole?")
     parser.add_argument("--blobs", metavar="DIR|URL", help="of a server: can it be written to?")
+    parser.add_argument(
+        "--sweep", action="store_true", help="look for blobs of a server that nothing refers to"
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="set them aside, and delete those set aside a day before"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -108,9 +117,10 @@ def findings(db: str | None = None, blobs: str | None = None) -> Iterator[Findin
             yield Finding(package, "none", f"apt-get install {package}")
     yield _writable(Path(tempfile.gettempdir()))
     if db is not None:
-        yield _checked("database", lambda: _database(db))
+        yield from _database(db)
     if blobs is not None:
         yield _checked("blobs", lambda: _blobs(blobs))
+        yield from _room("blobs' disk", blobs)
 
 
 def _torch() -> Finding:
@@ -142,32 +152,102 @@ def _checked(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what, "broken", str(error))
 
 
-def _database(url: str) -> str:
-    registries = importlib.import_module("tessera.serve.registry")
-    # A folder for blobs is needed to make one; none is looked at.
-    blobs = importlib.import_module("tessera.serve.blobs").Blobs
-    with tempfile.TemporaryDirectory() as folder:
-        registry = registries.Registry(url, blobs(folder), base_hash="")
-        try:
-            return f"{len(registry.tenants())} tenants; {registry.audit.verify()} events, whole"
-        finally:
-            registry.close()
+def _database(url: str) -> Iterator[Finding]:
+    try:
+        health = importlib.import_module("tessera.serve.health")
+        step, newest = health.tables(url)
+    except ImportError as error:
+        yield Finding("database", "broken", f"{error}: pip install 'tessera-lifelong[serve]'")
+        return
+    except TesseraError as error:
+        yield Finding("database", "broken", str(error))
+        return
+    if not step:
+        yield Finding("database", "none", "nothing in it yet; tessera serve makes its tables")
+    elif step < newest:
+        # Whoever opens it brings it up to date, and the servers that run know the old tables.
+        mend = "stop the servers, make a backup, start one: it brings them up to date"
+        yield Finding("database", "broken", f"its tables are at {step} of {newest}; {mend}")
+    elif step > newest:
+        mend = "pip install -U tessera-lifelong"
+        yield Finding("database", "broken", f"a newer Tessera made its tables ({step}); {mend}")
+    else:
+        yield from _inside(health, url)
+    if url.startswith("sqlite"):
+        yield from _room("database's disk", str(Path(url.partition(":///")[2]).parent))
+
+
+def _inside(health: Any, url: str) -> Iterator[Finding]:
+    try:
+        with health.Health.of(url) as found:
+            yield _checked("database", found.writing)
+            chain = _checked("audit log", found.chain)
+            yield chain
+            if chain.state == "ok":
+                yield _checked("tables", found.tables)
+            else:
+                yield Finding("tables", "none", "not compared with a log that is not whole")
+            yield _checked("clock", found.clock)
+            yield _keys(found)
+    except TesseraError as error:
+        yield Finding("database", "broken", str(error))
+
+
+def _keys(health: Any) -> Finding:
+    try:
+        well, said = health.keys()
+    except TesseraError as error:
+        return Finding("keys", "broken", str(error))
+    return Finding("keys", "ok" if well else "none", said)
+
+
+def _room(what: str, place: str) -> Iterator[Finding]:
+    found = _checked(
+        what, lambda: importlib.import_module("tessera.serve.health").free_space(place)
+    )
+    if found.detail:
+        yield found
 
 
 def _blobs(place: str) -> str:
-    blobs = importlib.import_module("tessera.serve.blobs").Blobs
-    store = blobs(place)
-    name = store.put(b"tessera doctor")
-    assert store.get(name) == b"tessera doctor"
-    return f"{place} can be written and read"
+    importlib.import_module("tessera.serve.blobs").Blobs(place).try_out()
+    return f"{place} can be written, read, and is not written over"
+
+
+def _swept(db: str, blobs: str, *, dry: bool) -> str:
+    database = importlib.import_module("tessera.serve.database").Database(db)
+    try:
+        place = importlib.import_module("tessera.serve.blobs").Blobs(blobs)
+        found = importlib.import_module("tessera.serve.sweep").sweep(database, place, dry=dry)
+    finally:
+        database.close()
+    would = "would have " if dry else ""
+    return (
+        f"{found.blobs} blobs; {would}set aside {found.aside} ({found.aside_bytes} bytes), "
+        f"brought back {found.restored}, deleted {found.deleted} ({found.deleted_bytes} bytes)"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
-    marks = {"ok": "ok    ", "none": "none  ", "broken": "BROKEN"}
-    broken = 0
-    for finding in findings(args.db, args.blobs):
-        broken += finding.state == "broken"
-        print(f"{marks[finding.state]}  {finding.what:<22} {finding.detail}")
+    if (args.sweep or args.yes) and not (args.sweep and args.db and args.blobs):
+        raise InputError("--sweep needs --db and --blobs of one server, and --yes needs --sweep")
+    states = {f.what: _told(f) for f in findings(args.db, args.blobs)}
+    if args.sweep:
+        states["sweep"] = _told(_sweep(states, args))
+    broken = list(states.values()).count("broken")
     if broken:
         print(f"{broken} broken; the lines say what to do")
     return 1 if broken else 0
+
+
+def _sweep(states: dict[str, str], args: argparse.Namespace) -> Finding:
+    unwell = [what for what in _SWEEPABLE if states.get(what) != "ok"]
+    if unwell:
+        return Finding("sweep", "broken", f"not before these are well: {', '.join(unwell)}")
+    return _checked("sweep", lambda: _swept(args.db, args.blobs, dry=not args.yes))
+
+
+def _told(finding: Finding) -> str:
+    marks = {"ok": "ok    ", "none": "none  ", "broken": "BROKEN"}
+    print(f"{marks[finding.state]}  {finding.what:<22} {finding.detail}")
+    return finding.state

@@ -2,7 +2,8 @@
 
 from tessera.graph.capture import Graph, capture
 from tessera.graph.ir import Node
-from tessera.graph.optim import SGD, Adam, InnerSGD, Transform
+from tessera.graph.inner import InnerAdam, InnerSGD
+from tessera.graph.optim import SGD, Adam, Transform
 from tessera.graph.regions import gradient_region
 from tessera.graph.schedule import OnlineSchedule, current_stream
 from tessera.graph.step import no_grad, training_step
@@ -11,6 +12,7 @@ __all__ = [
     "SGD",
     "Adam",
     "Graph",
+    "InnerAdam",
     "InnerSGD",
     "Node",
     "OnlineSchedule",

@@ -3,48 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tessera.errors import InputError
+from tessera.graph.inner import InnerAdam, InnerSGD, Rate
 from tessera.graph.ownership import own, owned
 from tessera.graph.transform import Transform
 
-__all__ = ["SGD", "Adam", "InnerSGD", "Transform"]
+__all__ = ["SGD", "Adam", "InnerAdam", "InnerSGD", "Transform"]
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+# The rates an inner loop may be given alone; a list of tensors is one of parameters.
+Alone: TypeAlias = (
+    float | Mapping[str, float | Tensor] | Sequence[float | Mapping[str, float | Tensor]]
+)
+Betas: TypeAlias = tuple[float, float]
 Plugin: TypeAlias = Transform | Sequence[Transform] | None
 Opt = TypeVar("Opt", bound=Optimizer)
 
 
+@overload
+def Adam(params: Alone, *, steps: int | None = ..., betas: Betas = ...) -> InnerAdam: ...
+@overload
+def Adam(
+    params: nn.Module, lr: Rate, *, steps: int | None = ..., betas: Betas = ...
+) -> InnerAdam: ...
+@overload
 def Adam(
     params: Params,
-    lr: float = 1e-3,
+    lr: float = ...,
     *,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: Betas = ...,
+    eps: float = ...,
+    weight_decay: float = ...,
+    plugin: Plugin = ...,
+) -> torch.optim.Adam: ...
+def Adam(
+    params: Params | nn.Module | Rate,
+    lr: Rate | None = None,
+    *,
+    betas: Betas = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    steps: int | None = None,
     plugin: Plugin = None,
-) -> torch.optim.Adam:
-    """`torch.optim.Adam` that `tg.training_step` steps by itself, with plugins.
+) -> torch.optim.Adam | InnerAdam:
+    """Adam: an optimizer that `tg.training_step` steps by itself, or the rule of an inner loop.
+
+    ``Adam(model.parameters())`` is `torch.optim.Adam`; ``Adam(1e-2)`` and
+    ``Adam(model, lr=1e-2, steps=5)`` are immutable `InnerAdam` values, as with `SGD`.
 
     Args:
-        params: As for any PyTorch optimizer: parameters, groups, or named parameters.
-        lr: Learning rate, >= 0.
+        params: As for any PyTorch optimizer: parameters, groups, or named parameters (an
+            optimizer); learning rates or a module (an inner loop).
+        lr: Learning rate, >= 0; 1e-3 for an optimizer that is told none.
         betas: Decay of the mean and of the squared gradient.
         eps: Added to the denominator.
-        weight_decay: L2 penalty.
+        weight_decay: L2 penalty of the optimizer.
+        steps: Length of the inner loop.
         plugin: One `Transform` or a list of them, applied in order around every step.
 
     Returns:
-        A `torch.optim.Optimizer`. Keep it in a variable: ownership is held weakly.
+        A `torch.optim.Optimizer`, to be kept in a variable: ownership is held weakly. Or the rule.
 
     Raises:
-        InputError: A plugin is not a Transform.
+        InputError: A plugin is not a Transform, or an argument belongs to the other form.
 
     Source:
         Kingma & Ba 2015 (arXiv:1412.6980).
@@ -53,40 +80,28 @@ def Adam(
         >>> model = nn.Linear(2, 1)
         >>> isinstance(Adam(model.parameters(), lr=2e-4), torch.optim.Optimizer)
         True
+        >>> Adam(1e-2).betas
+        (0.9, 0.999)
     """
-    entries = _entries(params)
+    if _is_inner(params):
+        if weight_decay or plugin is not None:
+            raise InputError(_FOREIGN.format("Adam"))
+        return InnerAdam(lr=_one_rate("Adam", params, lr), steps=steps, betas=betas, eps=eps)
+    if steps is not None:
+        raise InputError(_NOT_INNER.format("Adam"))
+    entries = _entries(cast(Params, params))
+    rate = 1e-3 if lr is None else cast(float, lr)
     fused = _fused(entries)
-    optimizer = torch.optim.Adam(entries, lr, betas, eps, weight_decay, fused=fused)
+    optimizer = torch.optim.Adam(entries, rate, betas, eps, weight_decay, fused=fused)
     return _equip(optimizer, plugin)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class InnerSGD:
-    """An inner loop of plain gradient descent: data for a meta-learner, without a state.
-
-    Attributes:
-        lr: Learning rate, > 0.
-        steps: How many steps; None leaves it to the meta-learner.
-
-    Example:
-        >>> SGD(1e-2).update({"w": torch.ones(1)}, {"w": torch.ones(1)})
-        {'w': tensor([0.9900])}
-    """
-
-    lr: float
-    steps: int | None = None
-
-    def update(
-        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """``theta - lr * gradient`` as new tensors, differentiable in both arguments."""
-        return {name: p - self.lr * grads[name] for name, p in params.items()}
-
-
 @overload
-def SGD(params: float, *, steps: int | None = ...) -> InnerSGD: ...
+def SGD(params: Alone, *, momentum: float = ..., steps: int | None = ...) -> InnerSGD: ...
 @overload
-def SGD(params: nn.Module, *, lr: float, steps: int | None = ...) -> InnerSGD: ...
+def SGD(
+    params: nn.Module, lr: Rate, *, momentum: float = ..., steps: int | None = ...
+) -> InnerSGD: ...
 @overload
 def SGD(
     params: Params,
@@ -97,23 +112,25 @@ def SGD(
     plugin: Plugin = ...,
 ) -> torch.optim.SGD: ...
 def SGD(
-    params: Params | nn.Module | float,
-    lr: float | None = None,
+    params: Params | nn.Module | Rate,
+    lr: Rate | None = None,
     *,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     steps: int | None = None,
     plugin: Plugin = None,
 ) -> torch.optim.SGD | InnerSGD:
-    """Stochastic gradient descent: an optimizer, or the specification of an inner loop.
+    """Stochastic gradient descent: an optimizer, or the rule of an inner loop.
 
     ``SGD(model.parameters(), lr=0.1)`` is `torch.optim.SGD` that `tg.training_step` steps by
     itself. ``SGD(1e-2)`` and ``SGD(model, lr=1e-2, steps=5)`` are immutable `InnerSGD` values.
 
     Args:
-        params: Parameters (an optimizer); a number or a module (an inner loop).
-        lr: Learning rate; not given when `params` is the number.
-        momentum: Heavy-ball momentum of the optimizer.
+        params: Parameters (an optimizer); learning rates or a module (an inner loop).
+        lr: Learning rate; not given when `params` is the rate. That of an inner loop may be a
+            tensor, a mapping of them by parameter, or a list over the steps: see `InnerSGD`. A list
+            of tensors is written ``SGD(model, lr=[...])``.
+        momentum: Heavy-ball momentum.
         weight_decay: L2 penalty of the optimizer.
         steps: Length of the inner loop.
         plugin: One `Transform` or a list of them, applied in order around every step.
@@ -127,24 +144,50 @@ def SGD(
         >>> isinstance(SGD(nn.Linear(1, 1).parameters(), lr=0.1), torch.optim.SGD)
         True
     """
-    if isinstance(params, float | int | nn.Module):
-        rate = params if isinstance(params, float | int) else lr
-        if rate is params and lr is not None:
-            raise InputError(f"an inner SGD has one learning rate, got {rate} and lr={lr}")
-        if rate is None or not rate > 0:
-            raise InputError(f"an inner SGD needs lr > 0, got {rate}; write tg.SGD(1e-2)")
-        if momentum or weight_decay or plugin is not None:
-            raise InputError(
-                "an inner SGD is plain gradient descent: momentum, weight_decay and plugin belong "
-                "to the optimizer, tg.SGD(model.parameters(), lr=...)"
-            )
-        return InnerSGD(lr=float(rate), steps=steps)
+    if _is_inner(params):
+        if weight_decay or plugin is not None:
+            raise InputError(_FOREIGN.format("SGD"))
+        return InnerSGD(lr=_one_rate("SGD", params, lr), steps=steps, momentum=momentum)
     if lr is None or steps is not None:
-        raise InputError(
-            "tg.SGD over parameters needs lr= and takes no steps=; an inner loop is written "
-            "tg.SGD(model, lr=1e-2, steps=5)"
-        )
-    return _equip(torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay), plugin)
+        raise InputError(_NOT_INNER.format("SGD"))
+    optimizer = torch.optim.SGD(
+        cast(Params, params), cast(float, lr), momentum, weight_decay=weight_decay
+    )
+    return _equip(optimizer, plugin)
+
+
+_FOREIGN = (
+    "an inner {0} takes no weight_decay and no plugin: they belong to the optimizer, "
+    "tg.{0}(model.parameters(), lr=...)"
+)
+_NOT_INNER = (
+    "tg.{0} over parameters needs lr= and takes no steps=; an inner loop is written "
+    "tg.{0}(model, lr=1e-2, steps=5)"
+)
+
+
+def _is_inner(params: Any) -> bool:
+    """Whether this is a module or learning rates, and neither parameters nor groups of them."""
+    if isinstance(params, float | int | nn.Module | Mapping):
+        return True
+    if isinstance(params, Tensor):
+        return params.dim() == 0
+    if isinstance(params, list | tuple) and params:
+        first = params[0]
+        if isinstance(first, Mapping):
+            return "params" not in first
+        return isinstance(first, float | int)  # a list of tensors is one of parameters
+    return False
+
+
+def _one_rate(kind: str, params: Any, lr: Rate | None) -> Rate:
+    if not isinstance(params, nn.Module):
+        if lr is not None:
+            raise InputError(f"an inner {kind} has one learning rate, got {params} and lr={lr}")
+        return float(params) if isinstance(params, int) else cast(Rate, params)
+    if lr is None:
+        raise InputError(f"an inner {kind} needs lr > 0, got None; write tg.{kind}(1e-2)")
+    return lr
 
 
 def _entries(params: Params) -> list[Any]:

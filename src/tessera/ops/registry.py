@@ -89,7 +89,7 @@ def define(schema: str, body: Callable[..., Any], *, region: str | None = None) 
 
 
 def transformed() -> bool:
-    """Whether a functorch level, forward AD, a compiler or a tracer looks at the operations.
+    """Whether a functorch level, forward AD, a compiler, a tracer or a mode is at work.
 
     Example:
         >>> transformed()
@@ -100,5 +100,6 @@ def transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()  # as where meta puts other tensors in place
         or torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
     )

@@ -11,8 +11,9 @@ if _typing.TYPE_CHECKING:
     from tessera.serve.blobs import Blobs
     from tessera.serve.client import Client
     from tessera.serve.engine import Engine
-    from tessera.serve.fitting_values import FitSettings
+    from tessera.serve.fitting_values import FitSettings, Origin
     from tessera.serve.gates import Policy
+    from tessera.serve.learning_values import LearningPolicy
     from tessera.serve.listen import Server
     from tessera.serve.past import replay
     from tessera.serve.registry import Registry
@@ -28,6 +29,8 @@ __all__ = [
     "Client",
     "Engine",
     "FitSettings",
+    "LearningPolicy",
+    "Origin",
     "Policy",
     "Registry",
     "Server",
@@ -47,6 +50,8 @@ _WHERE = {
     "Client": "client",
     "Engine": "engine",
     "FitSettings": "fitting_values",
+    "LearningPolicy": "learning_values",
+    "Origin": "fitting_values",
     "Policy": "gates",
     "Registry": "registry",
     "Server": "listen",

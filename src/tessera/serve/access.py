@@ -14,6 +14,7 @@ from tessera.serve import schema
 from tessera.serve.records import SCOPES, SYSTEM, Key, Tenant, tenant_name
 
 __all__ = [
+    "check_of",
     "check_scopes",
     "digest",
     "find_key",
@@ -61,6 +62,20 @@ def digest(secret: str) -> bytes:
         '433801c2'
     """
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def check_of(id: str, digest: str) -> str:
+    """What the audit log has of a key's digest: whether it is still that one can be told from it.
+
+    Args:
+        id: Of the key.
+        digest: Of its secret, in hex.
+
+    Example:
+        >>> check_of("k1", digest("tsr_x").hex())[:8]
+        'd9adc56c'
+    """
+    return hashlib.sha256(f"{id}:{digest}".encode()).hexdigest()
 
 
 def given_secret(secret: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from importlib.metadata import PackageNotFoundError
@@ -16,10 +17,13 @@ from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Message, Receive, Scope, Send
 
+from tessera.errors import InputError
 from tessera.serve.inference import Inference
+from tessera.serve.logs import log_request
 from tessera.serve.management import management
 from tessera.serve.meters import Meters
 from tessera.serve.ports import Answering, Call, Managing, Recording, only
+from tessera.serve.records import alias_name, tenant_name
 from tessera.serve.resolve import Ways
 from tessera.serve.settings import AppSettings
 from tessera.serve.web import (
@@ -102,12 +106,9 @@ class App:
         finally:
             self._under_way -= 1
             self.meters.under_way.dec()
-            self.meters.done(
-                call.route,
-                call.tenant,
-                call.status or _GONE,
-                time.monotonic() - call.began_s,
-            )
+            status = call.status or _GONE
+            self.meters.done(call.route, call.tenant, status, time.monotonic() - call.began_s)
+            log_request(call, status=status)
 
     async def _route(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         if call.path == "/v2" or call.path.startswith("/v2/"):
@@ -124,18 +125,40 @@ class App:
         limit = settings.upload_bytes if form else settings.management_bytes
         if call.path.endswith((":fit", ":gate", "/sessions")):
             limit = settings.fit_bytes
+            if call.path.endswith(":fit"):
+                call.route = "fit"
         within_s = settings.body_timeout_s
         counted = bounded(receive, call.headers, limit=limit, within_s=within_s)
         scope["tessera.id"] = call.id
+
+        async def told() -> Message:
+            message = await counted()
+            call.received += len(message.get("body", b""))
+            return message
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", call.id.encode())]
+            call.sent += len(message.get("body", b""))
             async with asyncio.timeout(settings.send_timeout_s):
                 await send(message)
 
-        await self.management(scope, counted, noting)
+        try:
+            await self.management(scope, told, noting)
+        finally:
+            self._name(call, scope)
+
+    def _name(self, call: Call, scope: Scope) -> None:
+        """What FastAPI found in the path, for the log."""
+        page = scope.get("tessera.page", "")
+        call.pattern = page or str(getattr(scope.get("route"), "path", ""))
+        found = scope.get("path_params", {})
+        with contextlib.suppress(InputError):  # whatever stood in the place of a name
+            call.about = tenant_name(found.get("tenant"))
+            if 200 <= call.status < 300 or call.status == 429:  # it was a key that may ask for it
+                call.tenant = call.about
+            call.alias = alias_name(found.get("alias", found.get("name")))
 
     async def _metrics(self, call: Call, scope: Scope, send: Send) -> None:
         call.route = "metrics"
@@ -145,17 +168,23 @@ class App:
         if not (self._settings.metrics_on_loopback and here and not forwarded):
             want_scope(authenticate(self._registry.view(), call.headers), "admin")
         call.status = 200
-        kind = [(b"content-type", CONTENT_TYPE_LATEST.encode())]
+        kind = [
+            (b"content-type", CONTENT_TYPE_LATEST.encode()),
+            (b"x-request-id", call.id.encode()),
+        ]
         page = self.meters.page()
+        call.sent = len(page)
         await respond(send, 200, page, kind, within_s=self._settings.send_timeout_s)
 
     async def _failed(self, call: Call, error: Exception, receive: Receive, send: Send) -> None:
         if call.status:  # an answer is under way, or FastAPI has given one
-            _LOG.error("request %s failed while it was answered", call.id, exc_info=error)
+            words, extra = "request %s failed while it was answered", {"request": call.id}
+            _LOG.error(words, call.id, exc_info=error, extra=extra)
             if isinstance(error, TimeoutError):
                 raise error  # so that the connection of a client that does not read is closed
             return
         call.status, body, headers = describe(error, call.id)
+        call.sent = len(body)
         log_failure(error, call.id)
         if call.status in _STILL_TO_COME:
             await linger(receive)

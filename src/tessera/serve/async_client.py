@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tessera.arch import Delta
 from tessera.errors import InputError, TesseraError
-from tessera.serve import fitting_questions, questions, rollout_questions
+from tessera.serve import fitting_questions, learning_questions, questions, rollout_questions
 from tessera.serve.fitting_values import Adapted, FitSettings
 from tessera.serve.gates import Policy
+from tessera.serve.learning_values import LearningPolicy, LearningState, Round
 from tessera.serve.questions import Question
 from tessera.serve.records import Alias, DeltaRecord, Key, Session, Tenant
 from tessera.serve.rollout import Experiment
@@ -93,9 +94,7 @@ class AsyncClient:
         if self._tenant is None:
             self._tenant = (await self._ask(questions.own_key())).tenant
         if self._tenant is None:
-            raise InputError(
-                "an admin's client says whom it acts for: AsyncClient(.., tenant=NAME)"
-            )
+            raise InputError("an admin's client says whom it acts for: AsyncClient(tenant=NAME)")
         return self._tenant
 
     # --- the data ----------------------------------------------------------------------------
@@ -157,16 +156,16 @@ class AsyncClient:
         return await self._ask(questions.tenants())
 
     async def create_key(self, scopes: Sequence[str]) -> tuple[Key, str]:
-        """Make a key of the tenant: (key, secret). The secret is said this once."""
-        return await self._ask(questions.create_key(await self._own(), scopes))
+        """Make a key of the tenant, or the admins: (key, secret, which is said this once)."""
+        return await self._ask(questions.create_key(self._tenant, scopes))
 
     async def keys(self) -> list[Key]:
-        """The tenant's keys that are in force."""
-        return await self._ask(questions.keys(await self._own()))
+        """The tenant's keys that are in force; the admins', where an admin's client has none."""
+        return await self._ask(questions.keys(self._tenant))
 
     async def revoke_key(self, id: str) -> None:
-        """Put a key of the tenant out of force."""
-        await self._ask(questions.revoke_key(await self._own(), id))
+        """Put one of `keys` out of force."""
+        await self._ask(questions.revoke_key(self._tenant, id))
 
     async def upload(self, delta: Delta, *, parent: str = "") -> DeltaRecord:
         """Upload a delta as it is now; `parent` is the hash of the one it came from."""
@@ -192,15 +191,16 @@ class AsyncClient:
         Raises:
             ConflictError: It is at another generation by now.
         """
+        own = await self._own()
         return await self._ask(
-            questions.set_alias(
-                await self._own(), name, delta, generation=generation, reason=reason
-            )
+            questions.set_alias(own, name, delta, generation=generation, reason=reason)
         )
 
-    async def rollback(self, name: str, *, generation: int | None = None) -> Alias:
+    async def rollback(
+        self, name: str, *, generation: int | None = None, reason: str = ""
+    ) -> Alias:
         """Point an alias to the delta before; `generation`: if it is still the one read."""
-        return await self._ask(questions.rollback(await self._own(), name, generation=generation))
+        return await self._ask(questions.rollback(await self._own(), name, generation, reason))
 
     async def history(self, name: str) -> list[Alias]:
         """All generations of an alias, the oldest first."""
@@ -303,9 +303,9 @@ class AsyncClient:
         """The experiment of an alias, whether it holds, its feedback and its shadows."""
         return await self._ask(rollout_questions.experiment(await self._own(), alias))
 
-    async def end_experiment(self, alias: str) -> None:
-        """End the experiment of an alias."""
-        await self._ask(rollout_questions.end_experiment(await self._own(), alias))
+    async def end_experiment(self, alias: str, *, reason: str = "") -> None:
+        """End the experiment of an alias; `reason`: for the log, in a line."""
+        await self._ask(rollout_questions.end_experiment(await self._own(), alias, reason))
 
     async def feedback(
         self,
@@ -382,3 +382,19 @@ class AsyncClient:
     async def gate_evidence(self, alias: str, id: str) -> dict[str, Any]:
         """What a gate was decided on: `gates.decide` of it is the decision."""
         return await self._ask(rollout_questions.gate_evidence(await self._own(), alias, id))
+
+    async def learn(self, policy: LearningPolicy) -> LearningPolicy:
+        """Let an alias learn from its feedback, or otherwise than so far."""
+        return await self._ask(learning_questions.learn(await self._own(), policy))
+
+    async def learning(self, alias: str) -> LearningState:
+        """How far the learning of an alias is; UnknownNameError: it does not learn."""
+        return await self._ask(learning_questions.state(await self._own(), alias))
+
+    async def learn_now(self, alias: str) -> Round:
+        """Run a round; it returns when the gate has decided."""
+        return await self._ask(learning_questions.run(await self._own(), alias))
+
+    async def end_learning(self, alias: str) -> None:
+        """Let an alias learn no more."""
+        await self._ask(learning_questions.end(await self._own(), alias))

@@ -17,7 +17,7 @@ from tessera.serve.database import Change, Database
 from tessera.serve.records import Event, tenant_name
 from tessera.serve.rollout_schema import answers
 
-__all__ = ["GENESIS", "Audit"]
+__all__ = ["GENESIS", "Audit", "place_of"]
 
 GENESIS = "0" * 64  # what the first event follows
 _KIND = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -54,6 +54,7 @@ class Audit:
     def __init__(self, database: Database, clock: Callable[[], float]) -> None:
         self._database = database
         self._clock = clock
+        self.told: Callable[[Event], None] | None = None  # of each event, once it is written
 
     def append(self, kind: str, tenant: str | None, body: dict[str, Any]) -> Event:
         """Add one event; it is on the disk when this returns.
@@ -116,10 +117,16 @@ class Audit:
             )
             change.seq, change.hash = seq, own
         change.connection.execute(sa.insert(schema.audit), rows)
-        places = [_place(event) for event in events if event.kind == "request" and event.tenant]
+        places = [place_of(event) for event in events]
         if any(places):
             change.connection.execute(sa.insert(answers), [p for p in places if p])
+        change.then(lambda: self._tell(events))
         return events
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        if self.told is not None:
+            for event in events:
+                self.told(event)
 
     def read(
         self,
@@ -216,9 +223,9 @@ def _hash(seq: int, previous: str, time_s: float, kind: str, tenant: str, body: 
     return hashlib.sha256(f"{head[:-1]},{body}]".encode()).hexdigest()
 
 
-def _place(event: Event) -> dict[str, Any] | None:
-    """Where the answer to a request is, to find it by the request's id."""
-    request = event.body.get("request")
+def place_of(event: Event) -> dict[str, Any] | None:
+    """Where the answer to a request is, to find it by the request's id; None: no answer is told."""
+    request = event.body.get("request") if event.kind == "request" and event.tenant else None
     if not isinstance(request, str) or not 0 < len(request) <= 128 or not request.isprintable():
         return None
     return {"tenant": event.tenant, "request": request, "seq": event.seq}

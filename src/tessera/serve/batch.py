@@ -14,7 +14,7 @@ from tessera.arch import Delta, Layout, Stack, StackedModel
 from tessera.arch.conditioning import backbone
 from tessera.errors import InputError
 
-__all__ = ["Bank", "Form", "Part", "Plan", "form_of", "run"]
+__all__ = ["Bank", "Form", "Part", "Plan", "device_of", "form_of", "run"]
 
 
 @final
@@ -125,6 +125,16 @@ def form_of(model: nn.Module) -> Form:
     return Form(padding={**padding, "token_type_ids": 0}, limit=int(limit or 0))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: where its parameters are.
+
+    Example:
+        >>> device_of(nn.Linear(2, 1))
+        device(type='cpu')
+    """
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @final
 class Bank:
     """The slots of the deltas in use, over one model. For one thread.
@@ -143,7 +153,7 @@ class Bank:
         self._where: dict[str, int] = {}  # in the order of use
         self._stack: Stack | None = None
         self._stacked: StackedModel | None = None
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = device_of(model)
         if room is not None:
             self._widen({})
 

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import os
-from abc import ABC, abstractmethod
-from datetime import timedelta
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import ObjectStore, from_url
-
 from tessera.errors import CheckpointError, InputError, MissingDataError, StorageError
-from tessera.files import sync_name, write_whole
 from tessera.serve.packing import MAX_BYTES, pack, unpack
 from tessera.serve.records import content_hash
+from tessera.serve.stores import Folder, Remote, Store
 
-__all__ = ["Blobs", "pack", "unpack"]
+__all__ = ["Blobs", "Stored", "pack", "unpack"]
 
-# Of a store of one's own, beside the server: whoever writes http:// there means it.
-_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 _SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "memory")
+_HERE, _ASIDE = "sha256", "aside"
+_KEY = re.compile(rf"({_HERE}|{_ASIDE})/[0-9a-f]{{2}}/([0-9a-f]{{64}})")
+_UNFINISHED = re.compile(rf"(?:{_HERE}|{_ASIDE})/(?:[0-9a-f]{{2}}/)?\.tessera-[0-9a-f-]+\.tmp")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stored:
+    """An object in a place of blobs.
+
+    Attributes:
+        name: The hash that the blob was put under; "": it is the rest of a write that was killed.
+        aside: Whether it was set aside.
+        bytes: Its length.
+        written_s: When it was written, or set aside; seconds since 1970 by the clock of the place.
+        key: Its path in the place.
+    """
+
+    name: str
+    aside: bool
+    bytes: int
+    written_s: float
+    key: str
 
 
 @final
@@ -32,6 +52,9 @@ class Blobs:
     A blob is whole or not there, and never changes; many processes may share a place. On a disk,
     what `put` has returned from survives a power cut (file and folders are flushed; obstore's
     LocalStore flushes neither). An object store answers for itself.
+
+    A blob that nobody seems to need is first set aside, at ``aside/ab/<hash>``, where `get` still
+    finds it; only from there can it be deleted. `sweep` does both, with a long time between.
 
     Args:
         place: A folder, made if missing; or ``s3://bucket/prefix`` (``gs://``, ``az://``), whose
@@ -57,11 +80,11 @@ class Blobs:
                 f"blobs lie in a folder or at {', '.join(f'{s}://' for s in _SCHEMES[:4])}; got "
                 f"{scheme[:40]!r}"
             )
-        self._store: _Store
+        self._store: Store
         if found and scheme != "file":
-            self._store = _Remote(self.place)
+            self._store = Remote(self.place)
         else:
-            self._store = _Folder(Path(rest if found else self.place))
+            self._store = Folder(Path(rest if found else self.place))
 
     def put(self, data: bytes) -> str:
         """Keep these bytes; again is no harm, and mends a blob that was damaged.
@@ -93,7 +116,7 @@ class Blobs:
             CheckpointError: It is damaged.
             StorageError: It could not be read.
         """
-        data = self._store.read(_key(content_hash(name)))
+        data = self._read(content_hash(name))
         if data is None:
             raise MissingDataError(
                 f"there is no blob {name} in {self.place}; restore it from a backup, or put the "
@@ -113,140 +136,103 @@ class Blobs:
             InputError: `name` is no hash.
             StorageError: The place could not be asked.
         """
-        return self._store.has(_key(content_hash(name)))
+        return any(map(self._store.has, _keys(content_hash(name))))
+
+    def try_out(self) -> None:
+        """Write a blob, read it, see that it is not written over, and remove it if that is allowed.
+
+        Raises:
+            StorageError: One of it could not be done; or the store overwrites what is there.
+
+        Example:
+            >>> import tempfile
+            >>> Blobs(tempfile.mkdtemp()).try_out()
+        """
+        data = os.urandom(32)  # nobody else's
+        key = _key(hashlib.sha256(data).hexdigest())
+        self._store.write(key, data, replace=False)
+        try:
+            again = self._store.write(key, b"", replace=False)
+            if again or self._store.read(key) != data:
+                raise StorageError(
+                    f"{self.place} writes over what is there: it takes no notice of If-None-Match. "
+                    "Use a store that has conditional puts"
+                )
+        finally:
+            with contextlib.suppress(StorageError):  # only a sweep has to be able to
+                self._store.delete(key)
+
+    # --- what nobody needs: see `sweep` ----------------------------------------------------------
+
+    def stored(self) -> Iterator[Stored]:
+        """All that lies here, in no order; what is put or removed meanwhile may be among it or not.
+
+        Raises:
+            StorageError: The place could not be asked.
+
+        Example:
+            >>> import tempfile
+            >>> blobs = Blobs(tempfile.mkdtemp())
+            >>> name = blobs.put(b"content")
+            >>> [(found.name == name, found.bytes, found.aside) for found in blobs.stored()]
+            [(True, 7, False)]
+        """
+        listed = (self._store.list(where) for where in (_HERE, _ASIDE))
+        for key, size, written_s in itertools.chain.from_iterable(listed):
+            match = _KEY.fullmatch(key)
+            if match is not None or _UNFINISHED.fullmatch(key):
+                yield Stored(
+                    name=match[2] if match else "",
+                    aside=key.startswith(_ASIDE),
+                    bytes=size,
+                    written_s=written_s,
+                    key=key,
+                )
+
+    def set_aside(self, name: str) -> None:
+        """Move a blob to where it can be deleted, and is still found; again is no harm.
+
+        Raises:
+            InputError: `name` is no hash.
+            StorageError: It could not be moved; it is where it was, or in both places.
+        """
+        self._store.move(_key(content_hash(name)), _key(name, _ASIDE))
+
+    def restore(self, name: str) -> None:
+        """Undo `set_aside`; again is no harm.
+
+        Raises:
+            InputError: `name` is no hash.
+            StorageError: It could not be moved; it is where it was, or in both places.
+        """
+        self._store.move(_key(content_hash(name), _ASIDE), _key(name))
+
+    def delete(self, stored: Stored) -> None:
+        """Remove what was set aside, or never finished; for good, and again is no harm.
+
+        Raises:
+            InputError: It was not set aside.
+            StorageError: It could not be removed.
+        """
+        if stored.name and not stored.aside:
+            raise InputError(f"the blob {stored.name} is in use; set it aside first")
+        self._store.delete(stored.key)
+
+    def _read(self, name: str) -> bytes | None:
+        for key in _keys(name):
+            data = self._store.read(key)
+            if data is not None:
+                return data
+        return None
 
     def __repr__(self) -> str:
         return f"Blobs({self.place!r})"
 
 
-def _key(name: str) -> str:
-    return f"sha256/{name[:2]}/{name}"
+def _key(name: str, where: str = _HERE) -> str:
+    return f"{where}/{name[:2]}/{name}"
 
 
-class _Store(ABC):
-    @abstractmethod
-    def read(self, key: str) -> bytes | None:
-        """The object, None where there is none."""
-
-    @abstractmethod
-    def write(self, key: str, data: bytes, *, replace: bool) -> bool:
-        """Make the object, whole or not at all; False where it is there and may not be replaced."""
-
-    @abstractmethod
-    def has(self, key: str) -> bool:
-        """Whether there is such an object."""
-
-
-@final
-class _Folder(_Store):
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._made: set[Path] = set()
-        self._make(root / "sha256")
-
-    def read(self, key: str) -> bytes | None:
-        try:
-            with open(self._root / key, "rb") as file:
-                return file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageError(f"could not read the blob {key}: {error.strerror}") from error
-
-    def write(self, key: str, data: bytes, *, replace: bool) -> bool:
-        path = self._root / key
-        self._make(path.parent)
-        if not replace and path.exists():
-            return False
-        write_whole(path, data, advice="Make room, or restart with other --blobs")
-        return True
-
-    def has(self, key: str) -> bool:
-        return (self._root / key).is_file()
-
-    def _make(self, folder: Path) -> None:
-        """Make a folder and those above it, each name flushed: a file is no safer than its folder.
-
-        Once a process, also where it is there: whoever made it may not have come to flush it yet.
-        """
-        if folder in self._made:
-            return
-        missing = [folder]
-        while not missing[-1].parent.exists():
-            missing.append(missing[-1].parent)
-        try:
-            for path in reversed(missing):
-                path.mkdir(exist_ok=True)
-                sync_name(path)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise StorageError(
-                f"the folder for blobs {folder} could not be made ({error.strerror}). Give "
-                "another, or make this one writable"
-            ) from error
-        self._made.add(folder)
-
-
-@final
-class _Remote(_Store):
-    def __init__(self, url: str) -> None:
-        try:
-            self._store: ObjectStore = from_url(
-                url,
-                client_options={
-                    "connect_timeout": "5s",
-                    "timeout": "60s",
-                    "allow_http": any(os.environ.get(e, "")[:7] == "http://" for e in _ENDPOINTS),
-                },
-                # Its own default waits for three minutes, with a request behind it.
-                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=15)},
-            )
-        except (BaseError, ValueError) as error:
-            raise InputError(f"{url} is no place for blobs: {_first(error)}") from error
-
-    def read(self, key: str) -> bytes | None:
-        try:
-            found = obstore.get(self._store, key)
-            if found.meta["size"] > MAX_BYTES:
-                raise CheckpointError(f"the blob {key} has more than {MAX_BYTES} bytes")
-            return bytes(found.bytes())
-        except FileNotFoundError:
-            return None
-        except (BaseError, OSError, ValueError) as error:
-            raise _away("read", key, error) from error
-
-    def write(self, key: str, data: bytes, *, replace: bool) -> bool:
-        try:
-            # A single request, so that it is there whole or not.
-            obstore.put(
-                self._store,
-                key,
-                data,
-                mode="overwrite" if replace else "create",
-                use_multipart=False,
-            )
-        except AlreadyExistsError:
-            return False
-        except (BaseError, OSError, ValueError) as error:
-            raise _away("write", key, error) from error
-        return True
-
-    def has(self, key: str) -> bool:
-        try:
-            obstore.head(self._store, key)
-        except FileNotFoundError:
-            return False
-        except (BaseError, OSError, ValueError) as error:
-            raise _away("find", key, error) from error
-        return True
-
-
-def _away(what: str, key: str, error: Exception) -> Exception:
-    if isinstance(error, CheckpointError):
-        return error
-    return StorageError(f"could not {what} the blob {key}: {_first(error)}")
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _keys(name: str) -> tuple[str, str, str]:
+    """Where a blob may lie; the first again, for one that is moved back meanwhile."""
+    return _key(name), _key(name, _ASIDE), _key(name)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, final
 
 from tessera.errors import InputError, UnknownNameError
-from tessera.serve.ports import Answering, Call, Viewing, alias_of, only, reader
+from tessera.serve.ports import Answering, Call, Viewing, only, reader
 from tessera.serve.records import Alias
+from tessera.serve.resolve import SESSION, Ways, resolve
 from tessera.serve.settings import AppSettings
 from tessera.serve.web import HttpError
 
@@ -37,12 +38,13 @@ class Catalogue:
         engine: Its `signature`, if it has one, is what a model takes and gives.
         settings: The server's name.
         version: Of the server.
+        ways: What besides aliases a model's name may stand for.
     """
 
     def __init__(
-        self, registry: Viewing, engine: Answering, settings: AppSettings, version: str
+        self, registry: Viewing, engine: Answering, settings: AppSettings, version: str, ways: Ways
     ) -> None:
-        self._registry, self._engine = registry, engine
+        self._registry, self._engine, self._ways = registry, engine, ways
         self._settings, self._version = settings, version
         self.tallies: dict[tuple[str, str], Tally] = {}
 
@@ -68,15 +70,18 @@ class Catalogue:
             case ["models", "stats"]:
                 tenant, view = reader(self._registry, call)
                 names = sorted(n for t, n in view.aliases if t == tenant)
-                return {"model_stats": [self._stats(view.aliases[tenant, n]) for n in names]}
+                stats = [self._stats(view.aliases[tenant, n]) for n in names]
+                if (tenant, SESSION) in self.tallies:
+                    stats.append(self._tallied(tenant, SESSION, ""))
+                return {"model_stats": stats}
             case ["models", name]:
-                return self._metadata(alias_of(self._registry, call, name, None))
+                return self._metadata(self._named(call, name))
             case ["models", name, "versions", version]:
-                return self._metadata(alias_of(self._registry, call, name, version))
+                return self._metadata(self._named(call, name, version))
             case ["models", name, "versions", version, ("ready" | "config" | "stats") as word]:
-                alias = alias_of(self._registry, call, name, version)
+                alias = self._named(call, name, version)
             case ["models", name, ("ready" | "config" | "stats") as word]:
-                alias = alias_of(self._registry, call, name, None)
+                alias = self._named(call, name)
             case _:
                 raise UnknownNameError(f"there is no {call.path[:80]!r}")
         if word == "stats":
@@ -86,6 +91,9 @@ class Catalogue:
         if draining:
             raise HttpError(503, "the server is shutting down")
         return {"name": alias.name, "ready": True}
+
+    def _named(self, call: Call, name: str, version: str | None = None) -> Alias:
+        return resolve(self._registry, self._ways, call, name, version)
 
     def _metadata(self, alias: Alias) -> dict[str, Any]:
         signature = getattr(self._engine, "signature", None)
@@ -109,10 +117,18 @@ class Catalogue:
         return {"name": alias.name, "platform": _PLATFORM, "backend": "tessera", **sides}
 
     def _stats(self, alias: Alias) -> dict[str, Any]:
-        tally = self.tallies.get((alias.tenant, alias.name), Tally())
+        if alias.name.startswith(SESSION):
+            raise UnknownNameError(
+                f"a session has no statistics of its own; those of all are {SESSION!r} in "
+                "/v2/models/stats"
+            )
+        return self._tallied(alias.tenant, alias.name, str(alias.generation))
+
+    def _tallied(self, tenant: str, name: str, version: str) -> dict[str, Any]:
+        tally = self.tallies.get((tenant, name), Tally())
         return {
-            "name": alias.name,
-            "version": str(alias.generation),
+            "name": name,
+            "version": version,
             "last_inference": tally.last_ms,
             "inference_count": tally.rows,
             "execution_count": tally.good,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tessera.arch import Delta
 from tessera.errors import InputError, TesseraError
-from tessera.serve import fitting_questions, questions, rollout_questions
+from tessera.serve import fitting_questions, learning_questions, questions, rollout_questions
 from tessera.serve.fitting_values import Adapted, FitSettings
 from tessera.serve.gates import Policy
+from tessera.serve.learning_values import LearningPolicy, LearningState, Round
 from tessera.serve.questions import Question
 from tessera.serve.records import Alias, DeltaRecord, Key, Session, Tenant
 from tessera.serve.rollout import Experiment
@@ -152,16 +153,16 @@ class Client:
         return self._ask(questions.tenants())
 
     def create_key(self, scopes: Sequence[str]) -> tuple[Key, str]:
-        """Make a key of the tenant: (key, secret). The secret is said this once."""
-        return self._ask(questions.create_key(self._own(), scopes))
+        """Make a key of the tenant, or the admins: (key, secret, which is said this once)."""
+        return self._ask(questions.create_key(self._tenant, scopes))
 
     def keys(self) -> list[Key]:
-        """The tenant's keys that are in force."""
-        return self._ask(questions.keys(self._own()))
+        """The tenant's keys that are in force; the admins', where an admin's client has none."""
+        return self._ask(questions.keys(self._tenant))
 
     def revoke_key(self, id: str) -> None:
-        """Put a key of the tenant out of force."""
-        self._ask(questions.revoke_key(self._own(), id))
+        """Put one of `keys` out of force."""
+        self._ask(questions.revoke_key(self._tenant, id))
 
     def upload(self, delta: Delta, *, parent: str = "") -> DeltaRecord:
         """Upload a delta as it is now; `parent` is the hash of the one it came from."""
@@ -191,9 +192,9 @@ class Client:
             questions.set_alias(self._own(), name, delta, generation=generation, reason=reason)
         )
 
-    def rollback(self, name: str, *, generation: int | None = None) -> Alias:
+    def rollback(self, name: str, *, generation: int | None = None, reason: str = "") -> Alias:
         """Point an alias to the delta before; `generation`: if it is still the one read."""
-        return self._ask(questions.rollback(self._own(), name, generation=generation))
+        return self._ask(questions.rollback(self._own(), name, generation, reason))
 
     def history(self, name: str) -> list[Alias]:
         """All generations of an alias, the oldest first."""
@@ -294,9 +295,9 @@ class Client:
         """The experiment of an alias, whether it holds, its feedback and its shadows."""
         return self._ask(rollout_questions.experiment(self._own(), alias))
 
-    def end_experiment(self, alias: str) -> None:
-        """End the experiment of an alias."""
-        self._ask(rollout_questions.end_experiment(self._own(), alias))
+    def end_experiment(self, alias: str, *, reason: str = "") -> None:
+        """End the experiment of an alias; `reason`: for the log, in a line."""
+        self._ask(rollout_questions.end_experiment(self._own(), alias, reason))
 
     def feedback(
         self,
@@ -373,3 +374,19 @@ class Client:
     def gate_evidence(self, alias: str, id: str) -> dict[str, Any]:
         """What a gate was decided on: `gates.decide` of it is the decision."""
         return self._ask(rollout_questions.gate_evidence(self._own(), alias, id))
+
+    def learn(self, policy: LearningPolicy) -> LearningPolicy:
+        """Let an alias learn from its feedback, or otherwise than so far."""
+        return self._ask(learning_questions.learn(self._own(), policy))
+
+    def learning(self, alias: str) -> LearningState:
+        """How far the learning of an alias is; UnknownNameError: it does not learn."""
+        return self._ask(learning_questions.state(self._own(), alias))
+
+    def learn_now(self, alias: str) -> Round:
+        """Run a round; it returns when the gate has decided."""
+        return self._ask(learning_questions.run(self._own(), alias))
+
+    def end_learning(self, alias: str) -> None:
+        """Let an alias learn no more."""
+        self._ask(learning_questions.end(self._own(), alias))

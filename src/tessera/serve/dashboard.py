@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 from urllib.parse import parse_qsl, quote, urlencode
@@ -21,18 +21,19 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from tessera.errors import AccessError, TesseraError, UnknownNameError
-from tessera.serve import dashboard_chart as words
+from tessera.errors import AccessError, BusyError, TesseraError, UnknownNameError
+from tessera.serve import dashboard_words as words
 from tessera.serve.app import App
 from tessera.serve.dashboard_actions import Actions
-from tessera.serve.dashboard_log import Chain, pretty, summary
-from tessera.serve.dashboard_parts import Panel
+from tessera.serve.dashboard_door import Door
+from tessera.serve.dashboard_log import DULL, Chain, pretty, summary
+from tessera.serve.dashboard_rollout import gate_named
 from tessera.serve.dashboard_session import Session, Sessions
 from tessera.serve.dashboard_traffic import Traffic
 from tessera.serve.dashboard_views import Seen, Views, Watched
 from tessera.serve.records import Key
 from tessera.serve.registry import Registry
-from tessera.serve.web import HttpError, status_of
+from tessera.serve.web import HttpError, describe, status_of
 
 __all__ = ["Dashboard", "add_dashboard"]
 
@@ -52,6 +53,7 @@ _HEADERS = {
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _TENANT = "/tenants/{tenant}"
 _ALIAS, _DELTA = _TENANT + "/aliases/{alias}", _TENANT + "/deltas/{delta}"
+_GATE = _ALIAS + "/gates/{gate}"
 
 _Form = Mapping[str, str]
 
@@ -61,9 +63,9 @@ def add_dashboard(
     registry: Registry,
     engine: Watched,
     *,
-    panels: Sequence[Panel] = (),
     session_s: float = 3600.0,
     clock: Callable[[], float] = time.time,
+    ticks: Callable[[], float] = time.monotonic,
 ) -> Dashboard:
     """Add the pages to a server.
 
@@ -71,14 +73,14 @@ def add_dashboard(
         app: Gets them.
         registry: What they show and change.
         engine: Its queue, and if it is `Occupied` its slots.
-        panels: More to show, by other rooms of the server.
         session_s: How long one is signed in.
         clock: Seconds since 1970.
+        ticks: Seconds that only go forward.
 
     Returns:
         The dashboard, whose `sample` is to be called every second or so.
     """
-    return Dashboard(app, registry, engine, panels=panels, session_s=session_s, clock=clock)
+    return Dashboard(app, registry, engine, session_s=session_s, clock=clock, ticks=ticks)
 
 
 @final
@@ -91,15 +93,15 @@ class Dashboard:
         registry: Registry,
         engine: Watched,
         *,
-        panels: Sequence[Panel],
         session_s: float,
         clock: Callable[[], float],
+        ticks: Callable[[], float],
     ) -> None:
         self._registry, self._clock = registry, clock
-        self._sessions = Sessions(session_s)
-        self._traffic = Traffic(app.meters.registry)
+        self._sessions, self._door = Sessions(session_s), Door(registry)
+        self._traffic = Traffic(app.meters.registry, clock=ticks)
         chain = Chain(registry.audit, clock)
-        self._views = Views(registry, engine, self._traffic, chain, panels)
+        self._views = Views(registry, engine, self._traffic, chain, clock)
         self._actions = Actions(registry, chain)
         self._files = {p.name: p.read_bytes() for p in sorted((_HERE / "static").iterdir())}
         self._templates = self._environment()
@@ -122,11 +124,16 @@ class Dashboard:
             "number": words.number,
             "size": words.size,
             "count": words.count,
+            "percent": words.percent,
+            "gain": words.gain,
+            "sentence": words.sentence,
+            "gate_named": gate_named,
             "pretty": pretty,
             "summary": summary,
         }
         found.filters.update(filters)
         versions = {n: hashlib.sha256(c).hexdigest()[:12] for n, c in self._files.items()}
+        found.globals["dull"] = DULL
         found.globals["asset"] = lambda name: f"/static/{name}?v={versions[name]}"
         return found
 
@@ -134,23 +141,20 @@ class Dashboard:
 
     def _add_routes(self, app: App) -> None:
         views, actions = self._views, self._actions
+        # The values of a path come in its order, which is that of the arguments.
         pages: dict[str, Callable[[Request], Seen]] = {
             "/": lambda r: views.overview(r.query_params),
-            _TENANT: lambda r: views.tenant(r.path_params["tenant"], r.query_params),
-            _ALIAS: lambda r: views.alias(
-                r.path_params["tenant"], r.path_params["alias"], r.query_params
-            ),
-            _DELTA: lambda r: views.delta(r.path_params["tenant"], r.path_params["delta"]),
+            _TENANT: lambda r: views.tenant(r.query_params, *r.path_params.values()),
+            _TENANT + "/confirm": lambda r: views.confirm(r.query_params, *r.path_params.values()),
+            _ALIAS: lambda r: views.alias(r.query_params, *r.path_params.values()),
+            _GATE: lambda r: views.gate(r.query_params, *r.path_params.values()),
+            _DELTA: lambda r: views.delta(*r.path_params.values()),
             "/events": lambda r: views.events(r.query_params, live="x-live" in r.headers),
         }
         acts: dict[str, Callable[[Request, _Form, Key], tuple[str, str]]] = {
-            _TENANT: lambda r, form, by: actions.on_tenant(r.path_params["tenant"], form, by),
-            _ALIAS: lambda r, form, by: actions.on_alias(
-                r.path_params["tenant"], r.path_params["alias"], form, by
-            ),
-            _DELTA: lambda r, form, by: actions.on_delta(
-                r.path_params["tenant"], r.path_params["delta"], form, by
-            ),
+            _TENANT: lambda r, form, by: actions.on_tenant(form, by, *r.path_params.values()),
+            _ALIAS: lambda r, form, by: actions.on_alias(form, by, *r.path_params.values()),
+            _DELTA: lambda r, form, by: actions.on_delta(form, by, *r.path_params.values()),
             "/events": lambda r, form, by: actions.on_events(form),
         }
         for path, page in pages.items():
@@ -160,12 +164,14 @@ class Dashboard:
         self._route(app, "/sign-in", "GET", self._ask_key)
         self._route(app, "/sign-in", "POST", self._sign_in)
         self._route(app, "/sign-out", "POST", self._sign_out)
+        self._route(app, _GATE + "/evidence", "GET", self._evidence)
         self._route(app, "/static/{name}", "GET", self._static)
 
     def _route(
         self, app: App, path: str, method: str, answer: Callable[[Request, _Form], Response]
     ) -> None:
         async def endpoint(request: Request) -> Response:
+            request.scope["tessera.page"] = path  # for the log
             try:
                 form = await _form_of(request) if method == "POST" else {}
                 response = await run_in_threadpool(answer, request, form)
@@ -265,12 +271,12 @@ class Dashboard:
             words = "This page was too old, or cookies are switched off. Try again."
             return self._sign_in_page(request, onward, status=403, error=words)
         try:
-            key = self._registry.authenticate(form.get("key", "").strip())
-            if not key.is_admin:
-                raise AccessError("a tenant's")
-        except AccessError:
-            words = "That is not an admin's key in force."
-            return self._sign_in_page(request, onward, status=403, error=words)
+            key = self._door.enter(form.get("key", "").strip(), request)
+        except (AccessError, BusyError) as error:
+            status, _, headers = describe(error, "")
+            page = self._sign_in_page(request, onward, status=status, error=str(error))
+            page.raw_headers += headers
+            return page
         response = RedirectResponse(quote(onward, safe="/?&=%:;,.~-_+@!$'()*"), 303)
         token = self._sessions.begin(key.id)
         self._set_cookie(request, response, _COOKIE, token, int(self._sessions.last_s))
@@ -317,6 +323,7 @@ class Dashboard:
             token=self._sessions.form_token(session.id),
             key=session.key,
             path=request.url.path,
+            base=str(request.base_url).rstrip("/"),
             said="" if live else self._sessions.said(session),
             error=error,
             moment=lambda at_s: words.moment(at_s, now_s),
@@ -333,6 +340,15 @@ class Dashboard:
         if isinstance(error, HttpError):
             page.raw_headers += list(error.headers)
         return page
+
+    def _evidence(self, request: Request, form: _Form) -> Response:
+        if self._session(request) is None:
+            return self._away(request)
+        content = self._views.evidence(*request.path_params.values())
+        response = Response(content, media_type="application/json")
+        name = f"gate-{request.path_params['gate']}.json"
+        response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
+        return response
 
     def _static(self, request: Request, form: _Form) -> Response:
         name = request.path_params["name"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-from tessera.errors import InputError, UnknownNameError
+from tessera.errors import ConflictError, InputError, UnknownNameError
 from tessera.serve.dashboard_log import Chain
 from tessera.serve.records import Alias, Key
 from tessera.serve.registry import Registry
@@ -18,7 +18,7 @@ _Done = tuple[str, str]  # the page to go to, and what it says
 
 @final
 class Actions:
-    """Promotes, rolls back, revokes, checks.
+    """Promotes, rolls back, ends experiments, revokes, checks.
 
     An alias is only changed if it still is at the generation that the page showed; else the
     registry refuses, and the page says what has become of it.
@@ -31,7 +31,7 @@ class Actions:
     def __init__(self, registry: Registry, chain: Chain) -> None:
         self._registry, self._chain = registry, chain
 
-    def on_tenant(self, tenant: str, form: _Form, by: Key) -> _Done:
+    def on_tenant(self, form: _Form, by: Key, tenant: str) -> _Done:
         """Revoke a key of the tenant.
 
         Raises:
@@ -44,23 +44,29 @@ class Actions:
         self._registry.revoke_key(id, by=by)
         return f"/tenants/{tenant}", f"The key {id} is revoked."
 
-    def on_alias(self, tenant: str, alias: str, form: _Form, by: Key) -> _Done:
-        """Roll an alias back, or point it to another delta.
+    def on_alias(self, form: _Form, by: Key, tenant: str, alias: str) -> _Done:
+        """Roll an alias back, point it to another delta, or end its experiment.
 
         Raises:
-            ConflictError: It is at another generation, or there is nothing before.
+            ConflictError: It is at another generation, there is nothing before, or it is another
+                experiment.
             InputError: The form asks for nothing that there is.
         """
+        do, reason = form.get("do"), form.get("reason", "").strip()
+        if do == "end":
+            return self._end(tenant, alias, form.get("experiment", ""), reason, by)
         generation = _generation(form.get("generation", ""))
-        if form.get("do") == "rollback":
-            found = self._registry.rollback(tenant, alias, generation=generation, by=by)
+        if do == "rollback":
+            found = self._registry.rollback(
+                tenant, alias, generation=generation, by=by, reason=reason
+            )
             return _page(found), f"Rolled back. {_where(found)}"
         _require(form, "promote")
         if "delta" not in form:
             raise InputError("choose a delta to promote")
-        return self._point(tenant, alias, form["delta"], generation, form, by)
+        return self._point(tenant, alias, form["delta"], generation, reason, by)
 
-    def on_delta(self, tenant: str, delta: str, form: _Form, by: Key) -> _Done:
+    def on_delta(self, form: _Form, by: Key, tenant: str, delta: str) -> _Done:
         """Point an alias to the delta: an existing one, "GENERATION NAME", or a new one.
 
         Raises:
@@ -74,7 +80,8 @@ class Actions:
             generation, name = "0", new
         if not name:
             raise InputError("choose an alias, or name a new one")
-        return self._point(tenant, name, delta, _generation(generation), form, by)
+        reason = form.get("reason", "").strip()
+        return self._point(tenant, name, delta, _generation(generation), reason, by)
 
     def on_events(self, form: _Form) -> _Done:
         """Check the chain.
@@ -86,16 +93,22 @@ class Actions:
         self._chain.check()
         return "/events", ""  # the page says what came of it
 
+    def _end(self, tenant: str, alias: str, id: str, reason: str, by: Key) -> _Done:
+        experiments = self._registry.rollouts.experiments
+        found = experiments.get(tenant, alias)
+        if found.id != id:
+            raise ConflictError(
+                f"the experiment on {alias!r} is {found.id} by now; look at it, then decide"
+            )
+        experiments.end(tenant, alias, by=by, reason=reason)
+        said = f"The experiment is ended: everybody gets what {alias} points to."
+        return f"/tenants/{tenant}/aliases/{alias}", said
+
     def _point(
-        self, tenant: str, alias: str, delta: str, generation: int, form: _Form, by: Key
+        self, tenant: str, alias: str, delta: str, generation: int, reason: str, by: Key
     ) -> _Done:
         found = self._registry.set_alias(
-            tenant,
-            alias,
-            delta,
-            generation=generation,
-            reason=form.get("reason", "").strip(),
-            by=by,
+            tenant, alias, delta, generation=generation, reason=reason, by=by
         )
         return _page(found), f"Promoted. {_where(found)}"
 

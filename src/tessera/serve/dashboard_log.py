@@ -1,27 +1,30 @@
-"""The audit log as the dashboard shows it: the newest first, a page at a time, checked or not."""
+"""The audit log as the dashboard shows it: events as words, and whether the chain holds."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol, final
 
 from tessera.errors import BusyError, CheckpointError
 from tessera.serve.records import Event
 
-__all__ = ["Chain", "LogPage", "Logged", "Verdict", "log_page", "pretty", "summary"]
+__all__ = ["DULL", "Chain", "Logged", "Verdict", "pretty", "summary"]
 
-_BLOCK = 1000
+_HASH = re.compile("[0-9a-f]{64}")
 _MOST_SUMMARY = 160
+# Of an event's body, what says little in a line.
+DULL = (
+    *("base_hash", "blob", "boot", "by", "check", "decision", "ends_s", "evidence", "expires_s"),
+    *("id", "inputs", "outcomes", "overall", "pid", "plan", "policy", "salt"),
+)
 
 
 class Logged(Protocol):
     """What is asked of an audit log: `Audit`."""
-
-    def read(self, *, after_seq: int = 0) -> Iterator[Event]:
-        """The events after one, in order."""
 
     def head(self) -> tuple[int, str]:
         """The last one's number and hash."""
@@ -30,98 +33,34 @@ class Logged(Protocol):
         """Hash all of it again."""
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LogPage:
-    """Some events.
-
-    Attributes:
-        events: The newest first.
-        first: Number of the oldest event that was looked at; 0: there are none.
-        last: Of the newest.
-        more: Whether there are older ones than `first`.
-    """
-
-    events: tuple[Event, ...]
-    first: int
-    last: int
-    more: bool
-
-
-def log_page(
-    audit: Logged,
-    *,
-    before: int | None = None,
-    wanted: Callable[[Event], bool] | None = None,
-    limit: int = 50,
-    most: int = 20_000,
-) -> LogPage:
-    """Events before one, the newest first.
-
-    Args:
-        audit: The log.
-        before: Only those with a lower number; None: from the end.
-        wanted: Only those.
-        limit: How many to find.
-        most: How many to look at: a page costs no more than that, however long the log is.
-
-    Raises:
-        CheckpointError: An event cannot be read.
-        StorageError: The database is away.
-    """
-    end = audit.head()[0]
-    last = end if before is None else max(0, min(end, before - 1))
-    found: list[Event] = []
-    upto, lowest = last, max(0, last - most)
-    while upto > lowest and len(found) < limit:
-        after = max(lowest, upto - (_BLOCK if wanted else limit))
-        for event in reversed(_between(audit, after, upto)):
-            if wanted is None or wanted(event):
-                found.append(event)
-                if len(found) == limit:
-                    after = event.seq - 1
-                    break
-        upto = after
-    return LogPage(events=tuple(found), first=min(upto + 1, last), last=last, more=upto > 0)
-
-
-def _between(audit: Logged, after: int, upto: int) -> list[Event]:
-    events = []
-    try:
-        for event in audit.read(after_seq=after):
-            if event.seq > upto:
-                break
-            events.append(event)
-    except ValueError as error:  # what should be JSON is not
-        if isinstance(error, json.JSONDecodeError):
-            raise CheckpointError(
-                f"an event between {after + 1} and {upto} of the audit log cannot be read: the "
-                "log was altered; compare it with a backup"
-            ) from error
-        raise
-    return events
-
-
-def summary(
-    event: Event, leave_out: Collection[str] = ("base_hash", "blob", "boot", "by", "plan")
-) -> str:
-    """The body of an event in a line.
+def summary(event: Event, leave_out: Collection[str] = ()) -> str:
+    """The body of an event in a line: what is plain in it.
 
     Example:
-        >>> body = {"alias": "clf", "generation": 3, "delta": "ab" * 32, "by": "k1"}
+        >>> body = {"alias": "clf", "passed": False, "delta": "ab" * 32, "gain": 0.123456, "on": {}}
         >>> summary(Event(seq=1, previous="", hash="", time_s=0.0, kind="k", tenant="", body=body))
-        'alias clf, generation 3, delta abababababab…'
+        'alias clf, passed no, delta abababababab…, gain 0.1235'
     """
     parts = []
     for name, value in event.body.items():
-        if name in leave_out or value in (None, "", [], {}):
-            continue
-        words = value if isinstance(value, str) else json.dumps(value)
-        if len(words) == 64 and not set(words) - set("0123456789abcdef"):
-            words = words[:12] + "…"
-        parts.append(f"{name} {words[:_MOST_SUMMARY]}")
+        words = "" if name in leave_out else _plain(value)
+        if words:
+            parts.append(f"{name} {words}")
     line = ", ".join(parts)
     return line if len(line) <= _MOST_SUMMARY else line[: _MOST_SUMMARY - 1] + "…"
+
+
+def _plain(value: object) -> str:
+    """A value in words; "": it is none that has a few."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    if isinstance(value, list):
+        return "; ".join(v for v in map(_plain, value[:3]) if v)
+    if isinstance(value, str | int):
+        return _HASH.sub(lambda found: found[0][:12] + "…", str(value)[:1000])
+    return ""
 
 
 def pretty(event: Event) -> str:

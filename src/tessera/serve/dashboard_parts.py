@@ -1,87 +1,30 @@
-"""Pieces of the dashboard's pages: figures, charts, and what other rooms of the server show."""
+"""Pieces of the dashboard's pages: figures, and charts of what went through the server."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, final
+from collections.abc import Sequence
+from typing import Any
 
-from tessera.errors import InputError
-from tessera.serve.dashboard_chart import chart, count, duration, nice, number
+from tessera.serve.dashboard_chart import chart
 from tessera.serve.dashboard_traffic import Figures, Step
+from tessera.serve.dashboard_words import count, duration, nice, number, percent
 
-__all__ = [
-    "PLACES",
-    "Context",
-    "Facts",
-    "Panel",
-    "held",
-    "latency_chart",
-    "panel_chart",
-    "rate_chart",
-    "tile",
-    "tiles",
-]
-
-PLACES = ("overview", "tenant", "alias", "delta")
+__all__ = ["Context", "held", "latency_chart", "rate_chart", "tile", "tiles"]
 
 Context = dict[str, Any]
 
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Facts:
-    """What a panel shows; at least one of the two.
-
-    Attributes:
-        note: A sentence.
-        columns: Heads of a table.
-        rows: Its rows, text.
-        lines: Name -> values over time, None where there was none: a chart.
-    """
-
-    note: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    lines: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+_SOON = "The chart begins with the second reading; one is taken every 10 seconds."
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Panel:
-    """A part of a page that another room of the server fills: a split, evidence, drift, a budget.
-
-    Attributes:
-        place: One of PLACES.
-        title: Its heading.
-        read: (tenant, name of the alias or hash of the delta; "" where there is none) -> what there
-            is to show. None: nothing, and the panel is not there.
-
-    Example:
-        >>> Panel(place="tenant", title="Budget", read=lambda tenant, name: None).title
-        'Budget'
-    """
-
-    place: str
-    title: str
-    read: Callable[[str, str], Facts | None]
-
-    def __post_init__(self) -> None:
-        if self.place not in PLACES:
-            raise InputError(f"a panel's place is one of {PLACES}, got {self.place!r}")
-
-
-def held(tenants: int, deltas: int | None, aliases: int) -> str:
+def held(tenants: int, deltas: int, aliases: int) -> str:
     """What the server holds, in words.
 
     Example:
-        >>> held(1, 2, 3), held(1, None, 1)
-        ('1 tenant, 2 deltas, 3 aliases', '1 tenant, 1 alias')
+        >>> held(1, 2, 3)
+        '1 tenant, 2 deltas, 3 aliases'
     """
-    parts = [count(tenants, "tenant"), count(aliases, "alias", "aliases")]
-    if deltas is not None:
-        parts.insert(1, count(deltas, "delta"))
+    parts = (count(tenants, "tenant"), count(deltas, "delta"), count(aliases, "alias", "aliases"))
     return ", ".join(parts)
 
 
@@ -103,11 +46,86 @@ def tiles(figures: Figures | None) -> list[Context]:
         tile("Latency p50", duration(p50), over),
         tile("p95", duration(p95), over),
         tile("p99", duration(p99), over),
-        tile("Errors", f"{100 * share:.2g} %", refused, mark="bad" if figures.failed else ""),
+        tile("Errors", percent(share), refused, mark="bad" if figures.failed else ""),
     ]
 
 
-def _span(steps: Sequence[Step]) -> str:
+def rate_chart(steps: Sequence[Step]) -> Context:
+    """Requests a minute over the last hour."""
+    if len(steps) < 2 or not any(s.per_minute for s in steps):
+        return _frame("Requests a minute", (), note=_note(steps))
+    rates = [s.per_minute for s in steps]
+    top = nice(max(rates))
+    tips = [f"{_when(s)}: {number(s.per_minute)} a minute, {s.failed} failed" for s in steps]
+    summary = f"Requests a minute, now {number(rates[-1])}, at most {number(max(rates))}"
+    return _frame(
+        "Requests a minute",
+        (),
+        ticks=(number(top), number(top / 2), "0"),
+        span=(_begin(steps), "now"),
+        svg=chart([rates], top=top, summary=summary, tips=tips),
+        columns=("Until", "A minute", "Failed"),
+        rows=[(_when(s), number(s.per_minute), f"{s.failed:,}") for s in reversed(steps)],
+    )
+
+
+def latency_chart(steps: Sequence[Step]) -> Context:
+    """p50, p95 and p99 over the last hour."""
+    names = ("p50", "p95", "p99")
+    if len(steps) < 2 or not any(s.seconds for s in steps):
+        return _frame("Latency", names, note=_note(steps))
+    lines = [[None if s.seconds is None else s.seconds[i] for s in steps] for i in range(3)]
+    finite = [v for v in lines[2] if v is not None and v < math.inf]
+    top = nice(max(finite, default=0.0)) if finite else 0.01
+    tips = [
+        f"{_when(s)}: " + (", ".join(map(_named, names, s.seconds)) if s.seconds else "no request")
+        for s in steps
+    ]
+    return _frame(
+        "Latency",
+        names,
+        ticks=(duration(top), duration(top / 2), "0"),
+        span=(_begin(steps), "now"),
+        svg=chart(lines, top=top, summary=f"Latency: {tips[-1]}", tips=tips),
+        columns=("Until", *names),
+        rows=[(_when(s), *map(duration, s.seconds or (None,) * 3)) for s in reversed(steps)],
+    )
+
+
+def _frame(
+    title: str,
+    names: Sequence[str],
+    *,
+    ticks: Sequence[str] = ("", "", ""),
+    span: Sequence[str] = ("", ""),
+    svg: str = "",
+    columns: Sequence[str] = (),
+    rows: Sequence[Sequence[str]] = (),
+    note: str = "",
+) -> Context:
+    return {
+        "title": title,
+        "names": names,
+        "ticks": ticks,
+        "span": span,
+        "svg": svg,
+        "note": note,
+        "columns": columns,
+        "rows": rows,
+    }
+
+
+def _note(steps: Sequence[Step]) -> str:
+    if len(steps) < 2:
+        return _SOON
+    return f"No request since {_begin(steps)}."
+
+
+def _named(name: str, seconds: float) -> str:
+    return f"{name} {duration(seconds)}"
+
+
+def _begin(steps: Sequence[Step]) -> str:
     """How long ago a chart begins."""
     begin_s = 2 * steps[0].ago_s - steps[1].ago_s
     return f"{begin_s / 60:.0f} min ago" if begin_s >= 100 else f"{begin_s:.0f} s ago"
@@ -115,53 +133,3 @@ def _span(steps: Sequence[Step]) -> str:
 
 def _when(step: Step) -> str:
     return f"{step.ago_s / 60:.0f} min ago" if step.ago_s >= 60 else "now"
-
-
-def rate_chart(steps: Sequence[Step]) -> Context:
-    """Requests a minute over the last hour."""
-    rates = [s.per_minute for s in steps]
-    top = nice(max(rates))
-    tips = [f"{_when(s)}: {number(s.per_minute)} a minute, {s.failed} failed" for s in steps]
-    summary = f"Requests a minute, at most {number(max(rates))}"
-    return {
-        "title": "Requests a minute",
-        "names": (),
-        "ticks": (number(top), number(top / 2), "0"),
-        "span": _span(steps),
-        "svg": chart([rates], top=top, summary=summary, tips=tips),
-    }
-
-
-def latency_chart(steps: Sequence[Step]) -> Context:
-    """p50, p95 and p99 over the last hour."""
-    lines = [[None if s.seconds is None else s.seconds[i] for s in steps] for i in range(3)]
-    finite = [v for v in lines[2] if v is not None and v < math.inf]
-    top = nice(max(finite, default=0.0)) if finite else 0.01
-    tips = [
-        f"{_when(s)}: " + (", ".join(map(duration, s.seconds)) if s.seconds else "no request")
-        for s in steps
-    ]
-    return {
-        "title": "Latency",
-        "names": ("p50", "p95", "p99"),
-        "ticks": (duration(top), duration(top / 2), "0"),
-        "span": _span(steps),
-        "svg": chart(lines, top=top, summary="Latency: p50, p95 and p99", tips=tips),
-    }
-
-
-def panel_chart(facts: Facts) -> Context | None:
-    """The lines of a panel; None where it has none."""
-    values = [v for line in facts.lines.values() for v in line if v is not None]
-    if not values:
-        return None
-    top = nice(max(values))
-    names = tuple(facts.lines)[:3]
-    lines = [facts.lines[name] for name in names]
-    return {
-        "title": "",
-        "names": names,
-        "ticks": (number(top), number(top / 2), "0"),
-        "span": "",
-        "svg": chart(lines, top=top, summary=", ".join(names)),
-    }

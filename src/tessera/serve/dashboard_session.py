@@ -10,11 +10,15 @@ import json
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from typing import final
 
-__all__ = ["Session", "Sessions"]
+from tessera.errors import BusyError
+
+__all__ = ["Session", "Sessions", "Throttle"]
 
 _MOST_TOKEN = 1024
 
@@ -33,6 +37,83 @@ class Session:
     id: str
     key: str
     until_s: float
+
+
+@final
+class Throttle:
+    """How often a wrong key may be tried: so often from an address, so often from all together.
+
+    Wrong ones alone count, for `window_s`; who has had as many as are allowed is refused whatever
+    the next one is, so that waiting is the only way on. Of IPv6 an address is its network of 64
+    bits, of which one customer has all.
+
+    Args:
+        each: From one address.
+        all: From all; so many addresses are remembered at most.
+        window_s: For how long one counts.
+        clock: Seconds that only go forward.
+
+    Example:
+        >>> throttle = Throttle(each=1, all=2)
+        >>> throttle.enter("192.0.2.1")  # and it was wrong: `right` is not called
+        >>> throttle.enter("192.0.2.1")
+        Traceback (most recent call last):
+        tessera.errors.BusyError: too many wrong keys were tried; wait a minute
+    """
+
+    def __init__(
+        self,
+        *,
+        each: int = 10,
+        all: int = 100,
+        window_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._each, self._all, self._window_s, self._clock = each, all, window_s, clock
+        self._tries: deque[tuple[float, str]] = deque()
+        self._lock = threading.Lock()
+
+    def enter(self, address: str) -> None:
+        """Count a try before its key is looked at, so that many at once are counted too.
+
+        Raises:
+            BusyError: There were too many; it was not counted.
+        """
+        network, now = _network(address), self._clock()
+        with self._lock:
+            while self._tries and self._tries[0][0] <= now - self._window_s:
+                self._tries.popleft()
+            own = [at for at, who in self._tries if who == network]
+            first = None
+            if len(own) >= self._each:
+                first = own[0]
+            elif len(self._tries) >= self._all:
+                first = self._tries[0][0]
+            if first is not None:
+                wait_s = first + self._window_s - now
+                raise BusyError(
+                    "too many wrong keys were tried; wait a minute", retry_after_s=wait_s
+                )
+            self._tries.append((now, network))
+
+    def right(self, address: str) -> None:
+        """The key was right: its try, the address's last, does not count."""
+        network = _network(address)
+        with self._lock:
+            for at in range(len(self._tries) - 1, -1, -1):
+                if self._tries[at][1] == network:
+                    del self._tries[at]
+                    return
+
+
+def _network(address: str) -> str:
+    try:
+        found = ip_address(address.partition("%")[0])
+    except ValueError:  # a socket that has none: all of those share one
+        return ""
+    if isinstance(found, IPv6Address):
+        return str(found.ipv4_mapped or int(found) >> 64)
+    return str(found)
 
 
 @final

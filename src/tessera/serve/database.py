@@ -23,7 +23,7 @@ from tessera.errors import CheckpointError, InputError, StorageError
 from tessera.files import sync_name
 from tessera.serve import schema
 
-__all__ = ["Change", "Database"]
+__all__ = ["Change", "Database", "url_of"]
 
 _BUSY_S = 10  # how long a writer waits for that of another process
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -90,7 +90,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = _checked(url)
+        self._url = url_of(url)
         self.name = self._url.render_as_string(hide_password=True)
         self._turn = threading.Lock()
         self._closed = False
@@ -117,6 +117,11 @@ class Database:
     def is_sqlite(self) -> bool:
         """Whether it is a file of this machine."""
         return self._url.get_backend_name() == "sqlite"
+
+    @property
+    def path(self) -> str:
+        """That file; with PostgreSQL the name that its server has for it."""
+        return str(self._url.database)
 
     @contextmanager
     def write(self) -> Iterator[Change]:
@@ -237,7 +242,16 @@ class Database:
         return StorageError(f"the registry {self.name} {what} ({cause}); {done}")
 
 
-def _checked(url: str) -> URL:
+def url_of(url: str) -> URL:
+    """The URL of a registry, taken apart.
+
+    Raises:
+        InputError: It can be none.
+
+    Example:
+        >>> url_of("postgresql://host/name").drivername
+        'postgresql+psycopg'
+    """
     try:
         found = make_url(url)
     except (ArgumentError, ValueError, AttributeError):

@@ -16,13 +16,12 @@ from tessera.serve import access, rollout_schema, schema
 from tessera.serve.gates import canonical
 from tessera.serve.ledger import Ledger
 from tessera.serve.records import Event, Key
-from tessera.serve.rollout_values import Feedback
+from tessera.serve.rollout_values import Feedback, slice_value
 
 __all__ = ["Journal", "Said"]
 
 _MOST_ROWS = 4096
 _MOST_SLICES = 16
-_MOST_TEXT = 100
 _MOST_SAID = 64 << 10
 
 
@@ -279,15 +278,4 @@ def _each(value: object, kind: type, what: str) -> Sequence[Any]:
 def _slices(said: object) -> dict[str, str]:
     if not isinstance(said, Mapping) or len(said) > _MOST_SLICES:
         raise InputError(f"slices are up to {_MOST_SLICES} features and their values")
-    found = {}
-    for name, value in said.items():
-        text = str(value) if isinstance(value, str | int) else ""
-        if not (isinstance(name, str) and 0 < len(name) <= _MOST_TEXT and name.isprintable()):
-            raise InputError(f"a slice's feature is 1 to {_MOST_TEXT} characters; got {name!r:.80}")
-        if not 0 < len(text) <= _MOST_TEXT or not text.isprintable():
-            raise InputError(
-                f"the value of the slice {name!r} is text of 1 to {_MOST_TEXT} characters, a whole "
-                f"number or a bool; got {value!r:.80}"
-            )
-        found[name] = text
-    return found
+    return {name: slice_value(name, value) for name, value in said.items()}

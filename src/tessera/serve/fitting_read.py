@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tessera.errors import InputError
-from tessera.serve.datatypes import from_json
+from tessera.serve.datatypes import DATATYPES, from_json
 from tessera.serve.fitting_values import FitSettings
 from tessera.serve.oip import length_of, parts_of
 from tessera.serve.oip_read import only_known, read_tensors
 from tessera.serve.settings import Limits
 
-__all__ = ["Asked", "read_asked"]
+__all__ = ["SCHEMA", "Asked", "read_asked", "read_settings"]
 
 _TEXT = ("kind", "parent")
 _NAMES = ("sites", "feedforward", "head")
@@ -25,6 +25,41 @@ _NUMBERS = ("alpha", "lr")
 _HOW = {*_TEXT, *_NAMES, *_WHOLE, *_NUMBERS, "budget"}
 _LABELS = "labels"
 _MOST_NAMES = 1000
+
+_WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_TENSOR = {
+    "type": "object",
+    "required": ["shape", "datatype"],
+    "properties": {
+        "name": {"type": "string"},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "datatype": {"type": "string", "enum": list(DATATYPES)},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+}
+# The fields of shots and of how to fit, as OpenAPI has them.
+SCHEMA: dict[str, Any] = {
+    "inputs": {"type": "array", "items": _TENSOR},
+    "labels": {"anyOf": [{"type": "array", "items": {"type": "integer"}}, _TENSOR]},
+    "kind": {"type": "string", "enum": ["lora", "ia3", "mask", "prefix", "prompt"]},
+    "r": {"type": "integer", "minimum": 1},
+    "alpha": {"type": "number"},
+    **dict.fromkeys(_NAMES, _WORDS),
+    "tokens": {"type": "integer", "minimum": 1, "maximum": 512},
+    "parent": {"type": "string", "description": "The hash of a delta to go on from."},
+    "steps": {"type": "integer", "minimum": 1, "default": 20},
+    "lr": {"type": "number", "default": 5e-3},
+    "seed": {"type": "integer", "default": 0},
+    "budget": {
+        "type": "object",
+        "properties": {
+            "ms": {"type": "number"},
+            "joules": {"type": "number"},
+            "steps": {"type": "integer", "minimum": 1},
+        },
+    },
+}
 
 
 @final
@@ -85,7 +120,7 @@ def read_asked(
     return Asked(
         inputs=found,
         labels=None if own is None else own.to(torch.int64),
-        settings=_settings({n: v for n, v in said.items() if n in _HOW and v is not None}),
+        settings=read_settings({n: v for n, v in said.items() if n in _HOW and v is not None}),
         rest=rest,
     )
 
@@ -98,7 +133,16 @@ def _plain(labels: object) -> Tensor | None:
     return from_json(labels, [len(labels)], "INT64", _LABELS)
 
 
-def _settings(said: dict[str, Any]) -> FitSettings:
+def read_settings(said: dict[str, Any]) -> FitSettings:
+    """How to fit, from plain values by the names of `FitSettings`.
+
+    Raises:
+        InputError: One of them is not as it should be; the message names it.
+
+    Example:
+        >>> read_settings({"r": 8, "budget": {"ms": 200}}).r
+        8
+    """
     for name in _TEXT:
         _require(name, said.get(name, ""), type(said.get(name, "")) is str, "text")
     for name in _WHOLE:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-__all__ = ["Adapted", "FitSettings", "Spent"]
+from torch import Tensor
+
+__all__ = ["Adapted", "FitSettings", "Origin", "Rehearsal", "Spent"]
 
 Names = str | Sequence[str]
 
@@ -48,6 +50,50 @@ class FitSettings:
     lr: float = 5e-3
     seed: int = 0
     budget: Mapping[str, float] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Origin:
+    """How another process builds the base that this one serves: a function, called again.
+
+    Attributes:
+        function: ``PKG:FUNC``, importable where this process imports from; it returns the module.
+        arguments: Its arguments by name, plain values as JSON has them.
+
+    Example:
+        >>> Origin(function="torch.nn:Linear", arguments={"in_features": 3, "out_features": 2})
+        Origin(function='torch.nn:Linear', arguments={'in_features': 3, 'out_features': 2})
+    """
+
+    function: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rehearsal:
+    """Examples of before, which a fit must not forget over the new ones.
+
+    Attributes:
+        inputs: Name -> [rows, ...]; names, dtypes and shapes of a row as the new shots have them.
+        labels: int64 [rows]; None: among the inputs.
+        rho: The share of the loss that the new shots have, 0 to 1; the rest is the rehearsal's.
+        lam: Strength of the penalty on leaving what the fit goes on from, >= 0.
+
+    Example:
+        >>> import torch
+        >>> old = Rehearsal(
+        ...     inputs={"input": torch.eye(3)}, labels=torch.tensor([0, 1, 2]), rho=0.5, lam=0.0
+        ... )
+        >>> len(old.labels)
+        3
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor | None
+    rho: float
+    lam: float
 
 
 @final

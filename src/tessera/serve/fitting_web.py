@@ -12,30 +12,47 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from tessera import trees
 from tessera.errors import ConflictError, InputError
+from tessera.serve.callers import By, owner_of
 from tessera.serve.fitting import Fitted, Fitter, Order
-from tessera.serve.fitting_read import Asked, read_asked
+from tessera.serve.fitting_log import settings_told, told
+from tessera.serve.fitting_read import SCHEMA, Asked, read_asked
 from tessera.serve.fitting_values import Adapted, Spent
 from tessera.serve.records import DeltaRecord, Key, Session, alias_name, one_line
 from tessera.serve.registry import Registry
 from tessera.serve.sessions import session_length
 from tessera.serve.settings import Limits
-from tessera.serve.web import HttpError, authenticate, headers_of, tenant_for, want_scope
+from tessera.serve.web import HttpError, headers_of
 
 __all__ = ["add_adaptation"]
 
-_FIT = frozenset({"alias", "generation", "reason", "session_s"})
-_SESSION = frozenset({"delta", "ttl_s"})
-_SMALL = 64 << 10
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": "Shots as the Open Inference Protocol has inputs, JSON or binary behind it "
-        "(Inference-Header-Content-Length), and how to fit: see the guide.",
-        "content": {"application/json": {"schema": {"type": "object"}}},
-    }
+_SECONDS = {"type": "number", "minimum": 1, "description": "How long the session lasts."}
+_FIT: dict[str, Any] = {
+    "alias": {"type": "string", "description": "What is to point to the delta."},
+    "generation": {"type": "integer", "minimum": 0},
+    "reason": {"type": "string"},
+    "session_s": _SECONDS,
 }
+_SESSION: dict[str, Any] = {
+    "delta": {"type": "string", "description": "The hash of one that is held, in place of shots."},
+    "ttl_s": _SECONDS,
+}
+_SMALL = 64 << 10
+
+
+def _body(fields: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a body with shots."""
+    schema = {"type": "object", "properties": {**SCHEMA, **fields}, "additionalProperties": False}
+    return {
+        "requestBody": {
+            "required": True,
+            "description": "Shots as the Open Inference Protocol has inputs, JSON or binary behind "
+            "it (Inference-Header-Content-Length), and how to fit: see the guide.",
+            "content": {"application/json": {"schema": schema}},
+        }
+    }
+
+
 _router = APIRouter(prefix="/v1")
 
 
@@ -52,22 +69,33 @@ class SessionMade:
 class _Adaptation:
     """What the functions below need."""
 
-    def __init__(self, registry: Registry, fitter: Fitter, limits: Limits) -> None:
-        self.registry, self.fitter, self.limits = registry, fitter, limits
+    def __init__(self, registry: Registry, fitter: Fitter, limits: Limits, keep: str) -> None:
+        self.registry, self.fitter, self.limits, self._keep = registry, fitter, limits, keep
 
-    async def read(self, request: Request, allowed: frozenset[str]) -> Asked:
+    async def read(self, request: Request, fields: Mapping[str, Any]) -> Asked:
         try:
             body = await request.body()
         except ClientDisconnect as error:
             raise HttpError(408, "the body did not come") from error
         length = headers_of(request.scope).get(b"inference-header-content-length")
-        return await run_in_threadpool(read_asked, body, length, allowed, self.limits)
+        asked = await run_in_threadpool(read_asked, body, length, frozenset(fields), self.limits)
+        settings_told(asked.settings)  # what the log could not take is not begun
+        return asked
 
-    async def fit(self, owner: str, asked: Asked) -> Fitted:
-        order = Order(
-            tenant=owner, inputs=asked.inputs, labels=asked.labels, settings=asked.settings
-        )
+    async def fit(self, order: Order) -> Fitted:
         return await asyncio.wrap_future(self.fitter.submit(order))
+
+    def log(self, order: Order, fitted: Fitted, by: Key, session: str | None = None) -> None:
+        body = told(
+            order,
+            fitted,
+            hash=fitted.delta.hash,
+            blobs=self.registry.rollouts.blobs,
+            keep=self._keep,
+            machine=self.fitter.machine,
+        )
+        body |= {"by": by.id} if session is None else {"by": by.id, "session": session}
+        self.registry.audit.append("delta.fit", order.tenant, body)
 
 
 def _adaptation(request: Request) -> _Adaptation:
@@ -79,14 +107,9 @@ def _adaptation(request: Request) -> _Adaptation:
 _Known = Annotated[_Adaptation, Depends(_adaptation)]
 
 
-def _caller(request: Request, server: _Known) -> Key:
-    return authenticate(server.registry.view(), headers_of(request.scope))
-
-
-_By = Annotated[Key, Depends(_caller)]
-
-
-def add_adaptation(app: FastAPI, registry: Registry, fitter: Fitter, limits: Limits) -> None:
+def add_adaptation(
+    app: FastAPI, registry: Registry, fitter: Fitter, *, limits: Limits, keep: str = "inputs"
+) -> None:
     """Put the routes below into the application of /v1.
 
     Args:
@@ -94,8 +117,9 @@ def add_adaptation(app: FastAPI, registry: Registry, fitter: Fitter, limits: Lim
         registry: Keeps what is fitted.
         fitter: Fits.
         limits: Of tensors in a body.
+        keep: Whether the log keeps shots: see `Recorder`.
     """
-    app.state.adaptation = _Adaptation(registry, fitter, limits)
+    app.state.adaptation = _Adaptation(registry, fitter, limits, keep)
     app.include_router(_router)
 
 
@@ -104,27 +128,26 @@ def _is_small(request: Request) -> bool:
     return length.isdecimal() and len(length) < 10 and int(length) <= _SMALL
 
 
-def _owner(by: Key, tenant: str) -> str:
-    owner = tenant_for(by, tenant)
-    want_scope(by, "manage")
-    return owner
+def _order(owner: str, asked: Asked) -> Order:
+    return Order(tenant=owner, inputs=asked.inputs, labels=asked.labels, settings=asked.settings)
 
 
-@_router.post("/tenants/{tenant}/deltas:fit", status_code=201, openapi_extra=_BODY)
-async def fit(tenant: str, request: Request, by: _By, server: _Known) -> Adapted:
+@_router.post("/tenants/{tenant}/deltas:fit", status_code=201, openapi_extra=_body(_FIT))
+async def fit(tenant: str, request: Request, by: By, server: _Known) -> Adapted:
     """Fit a delta to the shots in the body, and keep it."""
-    owner = _owner(by, tenant)
+    owner = owner_of(by, tenant)
     with server.fitter.place(owner):
         asked = await server.read(request, _FIT)
         await run_in_threadpool(_check, server.registry, owner, asked.rest, by)
-        fitted = await server.fit(owner, asked)
-        return await run_in_threadpool(_keep, server.registry, owner, asked, fitted, by)
+        order = _order(owner, asked)
+        fitted = await server.fit(order)
+        return await run_in_threadpool(_keep, server, order, asked.rest, fitted, by)
 
 
-@_router.post("/tenants/{tenant}/sessions", status_code=201, openapi_extra=_BODY)
-async def start(tenant: str, request: Request, by: _By, server: _Known) -> SessionMade:
+@_router.post("/tenants/{tenant}/sessions", status_code=201, openapi_extra=_body(_SESSION))
+async def start(tenant: str, request: Request, by: By, server: _Known) -> SessionMade:
     """Begin a session: over a delta that the tenant holds, or over one fitted to shots."""
-    owner = _owner(by, tenant)
+    owner = owner_of(by, tenant)
     with contextlib.ExitStack() as stack:
         # What is small may be read while a fit of this tenant's is under way.
         small = _is_small(request)
@@ -143,27 +166,28 @@ async def start(tenant: str, request: Request, by: _By, server: _Known) -> Sessi
         if small:
             stack.enter_context(server.fitter.place(owner))
         await run_in_threadpool(server.registry.sessions.require_room, owner, by=by)
-        fitted = await server.fit(owner, asked)
-        found = await run_in_threadpool(_start, server.registry, owner, asked, fitted, by, ttl_s)
+        order = _order(owner, asked)
+        fitted = await server.fit(order)
+        found = await run_in_threadpool(_start, server, order, fitted, by, ttl_s)
         return SessionMade(session=found[0], fit=found[1])
 
 
 @_router.get("/tenants/{tenant}/sessions")
-def sessions(tenant: str, by: _By, server: _Known) -> list[Session]:
+def sessions(tenant: str, by: By, server: _Known) -> list[Session]:
     """The sessions that are not over, the one that ends first at the front."""
-    return server.registry.sessions.all(_owner(by, tenant))
+    return server.registry.sessions.all(owner_of(by, tenant))
 
 
 @_router.delete("/tenants/{tenant}/sessions/{id}", status_code=204)
-def end(tenant: str, id: str, by: _By, server: _Known) -> None:
+def end(tenant: str, id: str, by: By, server: _Known) -> None:
     """End a session before its time."""
-    server.registry.sessions.end(_owner(by, tenant), id, by=by)
+    server.registry.sessions.end(owner_of(by, tenant), id, by=by)
 
 
 @_router.post("/tenants/{tenant}/sessions/{id}:keep", status_code=201)
-def keep(tenant: str, id: str, by: _By, server: _Known) -> DeltaRecord:
+def keep(tenant: str, id: str, by: By, server: _Known) -> DeltaRecord:
     """Let the tenant hold a session's delta; the session ends all the same."""
-    owner, registry = _owner(by, tenant), server.registry
+    owner, registry = owner_of(by, tenant), server.registry
     return registry.put_delta(owner, registry.sessions.delta(owner, id), by=by)
 
 
@@ -195,13 +219,15 @@ def _check(registry: Registry, owner: str, said: Mapping[str, Any], by: Key) -> 
         )
 
 
-def _keep(registry: Registry, owner: str, asked: Asked, fitted: Fitted, by: Key) -> Adapted:
-    said = asked.rest
+def _keep(
+    server: _Adaptation, order: Order, said: Mapping[str, Any], fitted: Fitted, by: Key
+) -> Adapted:
+    registry, owner = server.registry, order.tenant
     if said.get("session_s") is not None:
-        return _start(registry, owner, asked, fitted, by, said["session_s"])[1]
-    record = registry.put_delta(owner, fitted.delta, by=by, parent=asked.settings.parent)
-    found = _adapted(record.hash, asked, fitted)
-    registry.audit.append("delta.fit", owner, {**_told(found, asked), "by": by.id})
+        return _start(server, order, fitted, by, said["session_s"])[1]
+    record = registry.put_delta(owner, fitted.delta, by=by, parent=order.settings.parent)
+    found = _adapted(record.hash, order, fitted)
+    server.log(order, fitted, by)
     if said.get("alias") is None:
         return found
     try:
@@ -219,45 +245,24 @@ def _keep(registry: Registry, owner: str, asked: Asked, fitted: Fitted, by: Key)
 
 
 def _start(
-    registry: Registry, owner: str, asked: Asked, fitted: Fitted, by: Key, ttl_s: float
+    server: _Adaptation, order: Order, fitted: Fitted, by: Key, ttl_s: float
 ) -> tuple[Session, Adapted]:
-    found = _adapted(fitted.delta.hash, asked, fitted)
-    made = registry.sessions.start(owner, fitted.delta, ttl_s=ttl_s, by=by)
-    told = {**_told(found, asked), "session": made.id, "by": by.id}
-    registry.audit.append("delta.fit", owner, told)
+    hash = fitted.delta.hash
+    made = server.registry.sessions.start(order.tenant, fitted.delta, ttl_s=ttl_s, by=by)
+    server.log(order, fitted, by, made.id)
+    found = _adapted(hash, order, fitted)
     return made, replace(found, session={"name": made.name, "expires_s": made.expires_s})
 
 
-def _adapted(hash: str, asked: Asked, fitted: Fitted) -> Adapted:
+def _adapted(hash: str, order: Order, fitted: Fitted) -> Adapted:
     spent = fitted.spent
     return Adapted(
         hash=hash,
         kind=fitted.delta.kind,
-        rows=len(next(iter(asked.inputs.values()))),
+        rows=len(next(iter(order.inputs.values()))),
         steps=fitted.steps,
         stopped_by=fitted.stopped_by,
         first_loss=fitted.losses[0],
         last_loss=fitted.losses[-1],
         spent=Spent(ms=spent.ms, joules=spent.joules, joules_source=spent.joules_source),
     )
-
-
-def _told(found: Adapted, asked: Asked) -> dict[str, Any]:
-    """The event of a fit: of its shots only their hash."""
-    shots = dict(asked.inputs)
-    if asked.labels is not None:
-        shots[" labels"] = asked.labels
-    return {
-        "delta": found.hash,
-        "kind": found.kind,
-        "rows": found.rows,
-        "steps": found.steps,
-        "stopped_by": found.stopped_by,
-        "first_loss": found.first_loss,
-        "last_loss": found.last_loss,
-        "ms": round(found.spent.ms, 3),
-        "joules": found.spent.joules,
-        "joules_source": found.spent.joules_source,
-        "parent": asked.settings.parent,
-        "shots": trees.sha256(shots),
-    }

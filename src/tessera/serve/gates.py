@@ -24,7 +24,7 @@ from tessera.serve.gates_statistics import (
     spent,
 )
 
-__all__ = ["Policy", "canonical", "decide", "recompute"]
+__all__ = ["Policy", "canonical", "decide", "decision_hash", "is_regression", "recompute"]
 
 METRICS = ("accuracy",)
 _MOST_SLICES = 16
@@ -104,7 +104,7 @@ class Policy:
                 f"a policy's confidence lies between 0.5 and 1, got {self.confidence!r:.40}"
             )
         if len(self.slices) > _MOST_SLICES or not all(
-            isinstance(s, str) and 0 < len(s) <= 100 for s in self.slices
+            isinstance(s, str) and 0 < len(s) <= 100 and s.isprintable() for s in self.slices
         ):
             raise InputError(f"a policy's slices are up to {_MOST_SLICES} names of features")
 
@@ -122,6 +122,16 @@ def canonical(value: Any) -> bytes:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii")
+
+
+def decision_hash(decision: Mapping[str, Any]) -> str:
+    """What the audit log has of a whole decision, slices and examples included.
+
+    Example:
+        >>> decision_hash({"passed": True})[:8]
+        '11c11db3'
+    """
+    return hashlib.sha256(canonical(decision)).hexdigest()
 
 
 def recompute(blob: bytes) -> dict[str, Any]:
@@ -333,4 +343,7 @@ def _regressed(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not `isfinite`, which overflows where a whole number is larger than any float.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -math.inf < value < math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, final
 
 import sqlalchemy as sa
@@ -13,7 +14,7 @@ from sqlalchemy import Connection
 from tessera.errors import CheckpointError, ConflictError, InputError, UnknownNameError
 from tessera.serve import access, holdings, pointers, rollout_schema, schema
 from tessera.serve.blobs import Blobs
-from tessera.serve.gates import canonical, decide, is_regression, recompute
+from tessera.serve.gates import canonical, decide, decision_hash, is_regression, recompute
 from tessera.serve.ledger import Ledger
 from tessera.serve.records import SYSTEM, Alias, Key, alias_name, content_hash
 from tessera.serve.rollout_store import alias_in
@@ -97,9 +98,10 @@ class Gates:
                 decision=decision,
                 decided_s=float(self._ledger.clock()),
             )
-            self._keep(change.connection, gate, self._note(change, gate, by))
-            if watch is not None and gate.passed:
-                self._set_watch(change.connection, gate, watch)
+            kept = watch if gate.passed else None
+            self._keep(change.connection, gate, self._note(change, gate, kept, by))
+            if kept is not None:
+                self._set_watch(change.connection, gate, kept)
         return gate
 
     def promote(self, gate: Gate, *, by: Key) -> Alias:
@@ -248,7 +250,7 @@ class Gates:
         }
         connection.execute(sa.insert(t).values(row))
 
-    def _note(self, change: Any, gate: Gate, by: Key) -> int:
+    def _note(self, change: Any, gate: Gate, watch: Watch | None, by: Key) -> int:
         body = {
             "alias": gate.alias,
             "generation": gate.generation,
@@ -259,6 +261,8 @@ class Gates:
             "outcomes": gate.decision["outcomes"],
             "overall": gate.decision["overall"],
             "reasons": _some(gate.decision["reasons"]),
+            "decision": decision_hash(gate.decision),
+            "watch": None if watch is None else asdict(watch),
             "by": by.id,
         }
         kind = "gate.passed" if gate.passed else "gate.refused"

@@ -27,6 +27,15 @@ from tessera.serve.records import DeltaRecord, Key, content_hash
 
 __all__ = ["Holdings", "require"]
 
+_D = schema.deltas
+# Said once: to put a statement together takes as long as to run it, and each attach runs one.
+_FILES = (
+    sa.select(_D.c.blob, _D.c.base_hash)
+    .where(_D.c.hash == sa.bindparam("of"))
+    .order_by(_D.c.created_s, _D.c.tenant)
+)
+_OWN_FILES = _FILES.where(_D.c.tenant == sa.bindparam("tenant"))
+
 
 def require(connection: Connection, tenant: str, hash: str, base_hash: str) -> None:
     """Raise unless the tenant holds that delta, and for this base.
@@ -153,13 +162,12 @@ class Holdings:
 
     def load(self, hash: str, tenant: str | None) -> Delta:
         """The delta of that hash, from its file."""
-        content_hash(hash)
-        d = schema.deltas
-        wanted = sa.select(d).where(d.c.hash == hash)
-        if tenant is not None:
-            wanted = wanted.where(d.c.tenant == tenant)
+        own = {"of": content_hash(hash)}
         with self._ledger.read() as connection:
-            rows = connection.execute(wanted.order_by(d.c.created_s, d.c.tenant)).all()
+            if tenant is None:
+                rows = connection.execute(_FILES, own).all()
+            else:
+                rows = connection.execute(_OWN_FILES, {**own, "tenant": tenant}).all()
         if not rows:
             raise _unknown(tenant, hash)
         # Any of them computes the same: that is what the hash says.

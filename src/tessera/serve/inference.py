@@ -68,7 +68,7 @@ class Inference:
         self._ways = ways or Ways()
         self.shadows = Shadows(engine, recorder)
         self._room, self._recorder = room, recorder
-        self._catalogue = Catalogue(registry, engine, settings, version)
+        self._catalogue = Catalogue(registry, engine, settings, version, self._ways)
         self.draining = False
 
     async def handle(self, call: Call, receive: Receive, send: Send) -> None:
@@ -98,7 +98,7 @@ class Inference:
         self, call: Call, send: Send, body: bytes, headers: list[tuple[bytes, bytes]]
     ) -> None:
         headers.append((b"x-request-id", call.id.encode()))
-        call.status = 200
+        call.status, call.sent = 200, len(body)
         await respond(send, 200, body, headers, within_s=self._settings.send_timeout_s)
 
     async def _infer(
@@ -108,8 +108,9 @@ class Inference:
         only(call, "POST")
         self._refuse_if_draining()
         alias = resolve(self._registry, self._ways, call, name, version)
-        call.tenant = alias.tenant
+        call.tenant, call.alias = alias.tenant, alias.name
         body = await self._body(call, receive, self._settings.limits.body_bytes)
+        call.received = len(body)
         tally = self._tally(alias)
         try:
             # As it is now that the body is there.
@@ -139,7 +140,9 @@ class Inference:
             asked = await asyncio.to_thread(decode, body, length, limits=limits)
         else:
             asked = decode(body, length, limits=limits)
+        call.rows = len(next(iter(asked.inputs.values()), ()))
         arm = choose(self._registry, self._ways, call, alias, asked.parameters)
+        call.delta = arm.delta
         answer = await self._answer(call, alias, arm, asked, receive)
         written, length = encode(
             alias.name,
@@ -163,7 +166,7 @@ class Inference:
         tally = self._tally(alias)
         tally.good += 1
         tally.good_ns += int(1e9 * took)
-        tally.rows += len(next(iter(asked.inputs.values())))
+        tally.rows += call.rows
         tally.last_ms = int(1e3 * time.time())
         return written, length, arm
 

@@ -118,7 +118,8 @@ class Server(uvicorn.Server):
                 http=_Guarded,
                 ws="none",
                 lifespan="on",
-                access_log=False,
+                access_log=False,  # ours says whose it was, and no path: see `logs`
+                log_config=None,
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,  # whose they are is the deployment's to say

@@ -19,19 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tessera.errors import AccessError, BusyError, InputError, TesseraError, UnknownNameError
+from tessera.serve.callers import By, owner_of
 from tessera.serve.ports import Managing
 from tessera.serve.records import Alias, DeltaRecord, Key, Tenant, tenant_name
 from tessera.serve.upload import delta_of
-from tessera.serve.web import (
-    HttpError,
-    authenticate,
-    describe,
-    headers_of,
-    log_failure,
-    status_of,
-    tenant_for,
-    want_scope,
-)
+from tessera.serve.web import HttpError, describe, log_failure, status_of, want_scope
 
 __all__ = ["management"]
 
@@ -95,7 +87,7 @@ class NewKey(BaseModel):
     scopes: list[str] = Field(
         max_length=8,
         json_schema_extra={
-            "items": {"type": "string", "enum": ["infer", "manage"]},
+            "items": {"type": "string", "enum": ["infer", "manage", "admin"]},
             "minItems": 1,
         },
     )
@@ -123,6 +115,7 @@ class Rollback(BaseModel):
     generation: int | None = Field(
         default=None, ge=0, lt=1 << 31, description="The generation that was read, if it matters."
     )
+    reason: str = ""
 
 
 @final
@@ -149,12 +142,7 @@ def _server(request: Request) -> _Server:
     return found
 
 
-def _key(request: Request) -> Key:
-    return authenticate(_server(request).registry.view(), headers_of(request.scope))
-
-
 _Known = Annotated[_Server, Depends(_server)]
-_By = Annotated[Key, Depends(_key)]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
 }
@@ -175,7 +163,7 @@ def management(registry: Managing, *, version: str) -> FastAPI:
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    app.state.server = _Server(registry)
+    app.state.server, app.state.registry = _Server(registry), registry
     app.include_router(_router)
     for kind in (TesseraError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _problem)
@@ -215,62 +203,86 @@ def _problem(request: Request, error: Exception) -> Response:
     return answer
 
 
-def _owner(by: Key, tenant: str, scope: str = "manage") -> str:
-    """The tenant a request is about, if its key may do this to it."""
-    owner = tenant_for(by, tenant)
-    want_scope(by, scope)
-    return owner
-
-
 @_router.get("/key")
-def own_key(by: _By) -> Key:
+def own_key(by: By) -> Key:
     """The key that asks."""
     return by
 
 
 @_router.post("/tenants", status_code=201)
-def create_tenant(body: NewTenant, by: _By, server: _Known) -> Tenant:
+def create_tenant(body: NewTenant, by: By, server: _Known) -> Tenant:
     """Make a tenant. Needs an admin's key."""
     want_scope(by, "admin")
     return server.registry.create_tenant(tenant_name(body.name), by=by)
 
 
 @_router.get("/tenants")
-def tenants(by: _By, server: _Known) -> list[Tenant]:
+def tenants(by: By, server: _Known) -> list[Tenant]:
     """All tenants; with a tenant's key, itself."""
     return [t for t in server.registry.tenants() if by.is_admin or t.name == by.tenant]
 
 
 @_router.post("/tenants/{tenant}/keys", status_code=201)
-def create_key(tenant: str, body: NewKey, by: _By, server: _Known) -> KeyMade:
+def create_key(tenant: str, body: NewKey, by: By, server: _Known) -> KeyMade:
     """Make a key; its secret is said this once."""
-    owner = _owner(by, tenant)
-    if "admin" in body.scopes:
+    return _create_key(server, owner_of(by, tenant), body, by)
+
+
+@_router.get("/tenants/{tenant}/keys")
+def keys(tenant: str, by: By, server: _Known) -> list[Key]:
+    """The keys of a tenant that are in force; their secrets are kept nowhere."""
+    return list(server.registry.keys(owner_of(by, tenant)))
+
+
+@_router.delete("/tenants/{tenant}/keys/{id}", status_code=204)
+def revoke_key(tenant: str, id: str, by: By, server: _Known) -> None:
+    """Put a key out of force."""
+    _revoke_key(server, owner_of(by, tenant), id, by)
+
+
+@_router.post("/keys", status_code=201)
+def create_own_key(body: NewKey, by: By, server: _Known) -> KeyMade:
+    """Make a key like the one that asks: an admin's, with the scope admin, or its tenant's."""
+    return _create_key(server, _own(by), body, by)
+
+
+@_router.get("/keys")
+def own_keys(by: By, server: _Known) -> list[Key]:
+    """The keys in force: the admins', where an admin's asks, or its tenant's."""
+    return list(server.registry.keys(_own(by)))
+
+
+@_router.delete("/keys/{id}", status_code=204)
+def revoke_own_key(id: str, by: By, server: _Known) -> None:
+    """Put one of those out of force; not the last admin's."""
+    _revoke_key(server, _own(by), id, by)
+
+
+def _own(by: Key) -> str | None:
+    """Whose keys are the key's own kind; None: the admins'."""
+    want_scope(by, "manage")
+    return by.tenant
+
+
+def _create_key(server: _Server, owner: str | None, body: NewKey, by: Key) -> KeyMade:
+    if owner is not None and "admin" in body.scopes:
         raise AccessError("a tenant's key has the scopes infer and manage, and never admin")
     key, secret = server.registry.create_key(owner, frozenset(body.scopes), by=by)
     return KeyMade(key=key, secret=secret)
 
 
-@_router.get("/tenants/{tenant}/keys")
-def keys(tenant: str, by: _By, server: _Known) -> list[Key]:
-    """The keys of a tenant that are in force; their secrets are kept nowhere."""
-    return list(server.registry.keys(_owner(by, tenant)))
-
-
-@_router.delete("/tenants/{tenant}/keys/{id}", status_code=204)
-def revoke_key(tenant: str, id: str, by: _By, server: _Known) -> None:
-    """Put a key out of force."""
-    owner = _owner(by, tenant)
+def _revoke_key(server: _Server, owner: str | None, id: str, by: Key) -> None:
     keys = server.registry.view().keys.values()
     if not any(k.id == id and k.tenant == owner for k in keys):
-        raise UnknownNameError(f"tenant {owner!r} has no key {id[:80]!r} in force")
+        whose = "the admins have" if owner is None else f"tenant {owner!r} has"
+        raise UnknownNameError(f"{whose} no key {id[:80]!r} in force")
     server.registry.revoke_key(id, by=by)
 
 
 @_router.post("/tenants/{tenant}/deltas", status_code=201, openapi_extra=_FORM)
-async def upload(tenant: str, request: Request, by: _By, server: _Known) -> DeltaRecord:
+async def upload(tenant: str, request: Request, by: By, server: _Known) -> DeltaRecord:
     """Upload a delta; the same one again is the same record."""
-    owner = _owner(by, tenant)
+    owner = owner_of(by, tenant)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise HttpError(415, "a delta is uploaded as multipart/form-data")
     # One at a time of a tenant, so that slow ones keep nobody else from it.
@@ -306,34 +318,34 @@ def _put(
 
 
 @_router.get("/tenants/{tenant}/deltas")
-def deltas(tenant: str, by: _By, server: _Known) -> list[DeltaRecord]:
+def deltas(tenant: str, by: By, server: _Known) -> list[DeltaRecord]:
     """The deltas of a tenant."""
-    return list(server.registry.deltas(_owner(by, tenant)))
+    return list(server.registry.deltas(owner_of(by, tenant)))
 
 
 @_router.get("/tenants/{tenant}/deltas/{hash}")
-def delta(tenant: str, hash: str, by: _By, server: _Known) -> DeltaRecord:
+def delta(tenant: str, hash: str, by: By, server: _Known) -> DeltaRecord:
     """One of them."""
-    return server.registry.delta(_owner(by, tenant), hash)
+    return server.registry.delta(owner_of(by, tenant), hash)
 
 
 @_router.get("/tenants/{tenant}/aliases")
-def aliases(tenant: str, by: _By, server: _Known) -> list[Alias]:
+def aliases(tenant: str, by: By, server: _Known) -> list[Alias]:
     """The aliases of a tenant: the models it can ask."""
-    return list(server.registry.aliases(_owner(by, tenant)))
+    return list(server.registry.aliases(owner_of(by, tenant)))
 
 
 @_router.get("/tenants/{tenant}/aliases/{name}")
-def alias(tenant: str, name: str, by: _By, server: _Known) -> Alias:
+def alias(tenant: str, name: str, by: By, server: _Known) -> Alias:
     """One of them."""
-    return server.registry.alias(_owner(by, tenant), name)
+    return server.registry.alias(owner_of(by, tenant), name)
 
 
 @_router.put("/tenants/{tenant}/aliases/{name}")
-def set_alias(tenant: str, name: str, body: NewAlias, by: _By, server: _Known) -> Alias:
+def set_alias(tenant: str, name: str, body: NewAlias, by: By, server: _Known) -> Alias:
     """Point an alias to a delta, if its generation is still the one that was read."""
     return server.registry.set_alias(
-        _owner(by, tenant),
+        owner_of(by, tenant),
         name,
         body.delta,
         generation=body.generation,
@@ -343,16 +355,15 @@ def set_alias(tenant: str, name: str, body: NewAlias, by: _By, server: _Known) -
 
 
 @_router.post("/tenants/{tenant}/aliases/{name}:rollback")
-def rollback(
-    tenant: str, name: str, by: _By, server: _Known, body: Rollback | None = None
-) -> Alias:
+def rollback(tenant: str, name: str, by: By, server: _Known, body: Rollback | None = None) -> Alias:
     """Point an alias to the delta it had before, as a new generation."""
+    said = body or Rollback()
     return server.registry.rollback(
-        _owner(by, tenant), name, generation=body.generation if body else None, by=by
+        owner_of(by, tenant), name, generation=said.generation, by=by, reason=said.reason
     )
 
 
 @_router.get("/tenants/{tenant}/aliases/{name}/history")
-def history(tenant: str, name: str, by: _By, server: _Known) -> list[Alias]:
+def history(tenant: str, name: str, by: By, server: _Known) -> list[Alias]:
     """All generations of an alias."""
-    return list(server.registry.history(_owner(by, tenant), name))
+    return list(server.registry.history(owner_of(by, tenant), name))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tessera.serve.records import Event
+
 __all__ = ["Meters"]
 
 _OTHER = "_other"  # which no tenant can be called
+_ANSWERS = ("request", "batch")  # which are counted as requests, and are many
+_FITS = ("delta.fit", "learn.fit")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -50,6 +55,16 @@ class Meters:
         self.under_way = Gauge(
             "tessera_requests_under_way", "Requests being answered", registry=self.registry
         )
+        self._events = Counter(
+            "tessera_events",
+            "Events that this process wrote into the audit log, but for requests and batches",
+            ("kind", "tenant"),
+            registry=self.registry,
+        )
+        self._fit_seconds = Counter(
+            "tessera_fit_seconds", "That fits took", ("tenant",), registry=self.registry
+        )
+        self._lock = threading.Lock()
         # labels() checks and hashes each time; the hot path keeps what it found.
         self._known: dict[tuple[str, str, int], tuple[Any, Any]] = {}
 
@@ -62,11 +77,7 @@ class Meters:
             status: HTTP's.
             seconds: It took.
         """
-        if tenant and tenant not in self._tenants:
-            if len(self._tenants) < self._most:
-                self._tenants.add(tenant)
-            else:
-                tenant = _OTHER
+        tenant = self._label(tenant)
         name = (route, tenant, status)
         found = self._known.get(name)
         if found is None:
@@ -77,6 +88,23 @@ class Meters:
             self._known[name] = found
         found[0].inc()
         found[1].observe(seconds)
+
+    def event(self, event: Event) -> None:
+        """Count an event of the audit log; see `Audit.told`."""
+        if event.kind in _ANSWERS:
+            return
+        tenant = self._label(event.tenant)
+        self._events.labels(event.kind, tenant).inc()
+        if event.kind in _FITS:
+            self._fit_seconds.labels(tenant).inc(float(event.body.get("ms", 0.0)) / 1e3)
+
+    def _label(self, tenant: str) -> str:
+        if not tenant or tenant in self._tenants:
+            return tenant
+        with self._lock:
+            if len(self._tenants) < self._most:
+                self._tenants.add(tenant)
+        return tenant if tenant in self._tenants else _OTHER
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""

@@ -280,8 +280,10 @@ def _tensors(data: bytes, start: int, layout: Mapping[str, Any]) -> dict[str, Te
         if begin == end:
             found[name] = torch.empty(entry["shape"], dtype=dtype)
             continue
-        flat = torch.frombuffer(memory, dtype=torch.uint8, count=end - begin, offset=begin)
+        kind = torch.uint8 if dtype is torch.bool else dtype
+        count = (end - begin) // dtype.itemsize
+        flat = torch.frombuffer(memory, dtype=kind, count=count, offset=begin)
         if dtype is torch.bool and int(flat.max()) > 1:
             raise ValueError(f"the tensor {name[:60]!r} is of bools, and holds other bytes")
-        found[name] = flat.view(dtype).reshape(entry["shape"])
+        found[name] = flat.view(dtype).view(entry["shape"])
     return found

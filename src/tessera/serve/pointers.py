@@ -40,10 +40,18 @@ def set_alias(ledger: Ledger, wanted: Alias, *, base_hash: str, by: Key) -> Alia
 
 
 def rollback(
-    ledger: Ledger, tenant: str, name: str, *, generation: int | None, base_hash: str, by: Key
+    ledger: Ledger,
+    tenant: str,
+    name: str,
+    *,
+    generation: int | None,
+    base_hash: str,
+    by: Key,
+    reason: str = "",
 ) -> Alias:
     """Point an alias to what it pointed to before."""
     alias_name(name)
+    one_line(reason, "a reason")
     h = schema.alias_history
     with ledger.write() as change:
         access.require_tenant(change.connection, tenant, by)
@@ -75,7 +83,7 @@ def rollback(
             generation=now.generation,
             delta=old.delta,
             changed_s=0.0,
-            reason=f"rollback to generation {target}",
+            reason=f"rollback to generation {target}" + (reason and f": {reason}"),
         )
         return _point(ledger, change, wanted, before=now, restored=target, by=by)
 

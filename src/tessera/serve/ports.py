@@ -97,7 +97,9 @@ class Managing(Viewing, Protocol):
     ) -> Alias:
         """Compare and swap."""
 
-    def rollback(self, tenant: str, name: str, *, generation: int | None = None, by: Key) -> Alias:
+    def rollback(
+        self, tenant: str, name: str, *, by: Key, generation: int | None = None, reason: str = ""
+    ) -> Alias:
         """To the delta before."""
 
     def aliases(self, tenant: str) -> Sequence[Alias]:
@@ -148,16 +150,39 @@ class Call:
         route: For the metrics.
         tenant: For the metrics; "" while none is known.
         status: That it was answered with; 0 before.
+        pattern: For the log, as all below: of the path, where `route` says less.
+        about: The tenant that the path names, where `tenant` is not known.
+        alias: The model, or what the path names.
+        delta: That computed the answer.
+        rows: Of the inputs.
+        received: Bytes of the body.
+        sent: Bytes of the answer.
     """
 
-    __slots__ = ("began_s", "headers", "id", "method", "path", "route", "status", "tenant")
+    __slots__ = (
+        "about",
+        "alias",
+        "began_s",
+        "delta",
+        "headers",
+        "id",
+        "method",
+        "path",
+        "pattern",
+        "received",
+        "route",
+        "rows",
+        "sent",
+        "status",
+        "tenant",
+    )
 
     def __init__(self, id: str, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
         self.id, self.method, self.path, self.headers = id, method, path, headers
         self.began_s = time.monotonic()
         self.route = "unknown"
-        self.tenant = ""
-        self.status = 0
+        self.tenant = self.pattern = self.about = self.alias = self.delta = ""
+        self.status = self.rows = self.received = self.sent = 0
 
 
 def only(call: Call, method: str) -> None:

@@ -119,7 +119,7 @@ def check(response: httpx.Response) -> None:
         message, name = str(said["error"]), str(said.get("type", ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         message, name = f"HTTP {response.status_code} from {response.url}", ""
-    if response.status_code == 429:
+    if response.status_code == 429 or name == "BusyError":
         raise BusyError(message, retry_after_s=_seconds(response.headers.get("retry-after")))
     kind = getattr(errors, name, None) if name in errors.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, TesseraError)):
@@ -203,28 +203,28 @@ def tenants() -> Question[list[Tenant]]:
     )
 
 
-def create_key(tenant: str, scopes: Sequence[str]) -> Question[tuple[Key, str]]:
-    """Make a key."""
+def create_key(tenant: str | None, scopes: Sequence[str]) -> Question[tuple[Key, str]]:
+    """Make a key of the tenant, or one like the own."""
 
     def read(response: httpx.Response) -> tuple[Key, str]:
         said = _json(response)
         return _key(said["key"]), str(said["secret"])
 
-    return Question(
-        method="POST", path=_of(tenant, "keys"), json={"scopes": list(scopes)}, read=read
-    )
+    return Question(method="POST", path=_keys(tenant), json={"scopes": list(scopes)}, read=read)
 
 
-def keys(tenant: str) -> Question[list[Key]]:
+def keys(tenant: str | None) -> Question[list[Key]]:
     """Those in force."""
-    return Question(
-        method="GET", path=_of(tenant, "keys"), read=lambda r: [_key(k) for k in _json(r)]
-    )
+    return Question(method="GET", path=_keys(tenant), read=lambda r: [_key(k) for k in _json(r)])
 
 
-def revoke_key(tenant: str, id: str) -> Question[None]:
+def revoke_key(tenant: str | None, id: str) -> Question[None]:
     """Put a key out of force."""
-    return Question(method="DELETE", path=_of(tenant, "keys", id), read=lambda r: None)
+    return Question(method="DELETE", path=f"{_keys(tenant)}/{_word(id)}", read=lambda r: None)
+
+
+def _keys(tenant: str | None) -> str:
+    return "/v1/keys" if tenant is None else _of(tenant, "keys")
 
 
 def upload(tenant: str, delta: Delta, parent: str) -> Question[DeltaRecord]:
@@ -266,12 +266,12 @@ def set_alias(
     )
 
 
-def rollback(tenant: str, name: str, *, generation: int | None) -> Question[Alias]:
+def rollback(tenant: str, name: str, generation: int | None, reason: str) -> Question[Alias]:
     """Point an alias to what it pointed to before."""
     return Question(
         method="POST",
         path=_of(tenant, "aliases", name) + ":rollback",
-        json={"generation": generation},
+        json={"generation": generation, "reason": reason},
         read=lambda r: Alias(**_json(r)),
     )
 

@@ -36,20 +36,27 @@ _WAITING = 20_000
 _LOG = logging.getLogger("tessera.serve")
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
     """What the last bits of an answer depend on, besides model, delta and batch.
+
+    Args:
+        device: Of the model; it is named where it is not the CPU.
 
     Example:
         >>> sorted(fingerprint())
         ['capability', 'machine', 'mkldnn', 'threads', 'torch']
     """
-    return {
+    found = {
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": str(torch._C._has_mkldnn),
         "machine": f"{platform.machine()} {_processor()}",
         "threads": str(torch.get_num_threads()),
     }
+    kind = torch.device(device).type
+    if kind != "cpu":
+        found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return found
 
 
 def _processor() -> str:
@@ -92,12 +99,21 @@ class Recorder:
         base_hash: Of the model.
         keep: "inputs": whatever is needed to compute an answer again; "hashes": of inputs and
             answers; "nothing": of requests, no record at all.
+        device: Of the model.
 
     Raises:
         InputError: No such `keep`.
     """
 
-    def __init__(self, audit: Audit, blobs: Blobs, *, base_hash: str, keep: str = "inputs") -> None:
+    def __init__(
+        self,
+        audit: Audit,
+        blobs: Blobs,
+        *,
+        base_hash: str,
+        keep: str = "inputs",
+        device: torch.device | str = "cpu",
+    ) -> None:
         if keep not in KEEP:
             raise InputError(f"a recorder keeps one of {', '.join(KEEP)}, got {keep!r}")
         self._audit, self._blobs, self._keep = audit, blobs, keep
@@ -110,7 +126,7 @@ class Recorder:
             "server.start",
             None,
             {"boot": self.boot, "base": base_hash, "keep": keep, "pid": os.getpid()}
-            | fingerprint(),
+            | fingerprint(device),
         )
         self._thread = threading.Thread(target=self._work, name="tessera-recorder", daemon=True)
         self._thread.start()
@@ -207,13 +223,13 @@ class Recorder:
                 event.set()
 
     def _write(self, group: Sequence[_Item]) -> None:
-        """Write a group, however long the database is away; the queue behind it fills meanwhile."""
+        """Write a group, however long database or blobs are away; the queue fills meanwhile."""
         if not group:
             return
-        before, delay_s = None, 0.05
+        before, entries, delay_s = 0, list[_Entry](), 0.05
         while True:
             try:
-                if before is None:
+                if not entries:
                     before = self._audit.head()[0]
                     entries = self._entries(group)
                 elif self._stands(entries[0], before):

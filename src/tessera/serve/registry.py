@@ -11,7 +11,9 @@ from tessera.errors import UnknownNameError
 from tessera.serve import access, pointers, tenancy
 from tessera.serve.blobs import Blobs
 from tessera.serve.holdings import Holdings
+from tessera.serve.learning import Learning
 from tessera.serve.ledger import Ledger
+from tessera.serve.listing import Listing
 from tessera.serve.records import Alias, DeltaRecord, Key, Tenant, View, content_hash
 from tessera.serve.rollout_desk import Rollouts
 from tessera.serve.sessions import Sessions, Ticks, machine_ticks
@@ -70,6 +72,8 @@ class Registry:
             self._ledger, self._holdings, blobs, self.base_hash, ticks=ticks or machine_ticks()
         )
         self.rollouts = Rollouts(self._ledger, blobs, self.base_hash)
+        self.learning = Learning(self._ledger)
+        self.listing = Listing(self._ledger)
         self.audit = self._ledger.audit
         try:
             self.refresh()
@@ -297,7 +301,9 @@ class Registry:
             by=by,
         )
 
-    def rollback(self, tenant: str, name: str, *, by: Key, generation: int | None = None) -> Alias:
+    def rollback(
+        self, tenant: str, name: str, *, by: Key, generation: int | None = None, reason: str = ""
+    ) -> Alias:
         """Point an alias to what it pointed to before; again goes one further back.
 
         Args:
@@ -305,6 +311,7 @@ class Registry:
             name: The alias.
             by: An admin's, or one that may manage this tenant.
             generation: Roll back only if it is still at this one; None: in any case.
+            reason: For the history, after what is said there anyway.
 
         Returns:
             The alias, one generation on.
@@ -316,7 +323,13 @@ class Registry:
             AccessError: `by` may not.
         """
         return pointers.rollback(
-            self._ledger, tenant, name, generation=generation, base_hash=self.base_hash, by=by
+            self._ledger,
+            tenant,
+            name,
+            generation=generation,
+            base_hash=self.base_hash,
+            by=by,
+            reason=reason,
         )
 
     def aliases(self, tenant: str) -> list[Alias]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, final
 
@@ -29,6 +29,7 @@ __all__ = ["Desk", "Rollouts"]
 _CHUNK = 8  # rows that go to the engine at a time: others' requests go in between
 _WAIT_S = 60.0
 _MOST_SHADOWS = 10_000
+_MOST_SLICES = 500  # of one gate
 
 
 @final
@@ -188,9 +189,11 @@ class Desk:
             "paired": asked.shots is not None,
         }
         if asked.shots is None:
-            examples = rollouts.journal.examples(tenant, found["experiment"])
-            return found | {"examples": examples}
-        return found | self._run(tenant, asked.shots, asked.output, alias.delta, candidate)
+            found["examples"] = rollouts.journal.examples(tenant, found["experiment"])
+        else:
+            found |= self._run(tenant, asked.shots, asked.output, alias.delta, candidate)
+        _require_few(found["examples"], asked.policy.slices)
+        return found
 
     def _run(
         self, tenant: str, shots: Shots, output: str, incumbent: str, candidate: str
@@ -229,6 +232,17 @@ class Desk:
                 raise BusyError("the engine did not get to the shots; nothing was kept") from error
             found += classes_of(outputs, output)
         return found
+
+
+def _require_few(examples: Sequence[Sequence[Any]], features: Sequence[str]) -> None:
+    """A feature that tells the examples apart makes no slices, and a decision without end."""
+    found = {(f, e[1][f]) for e in examples for f in features if f in e[1]}
+    if len(found) > _MOST_SLICES:
+        most, name = max((sum(f == g for g, _ in found), f) for f in features)
+        raise InputError(
+            f"these examples have {len(found)} slices, {most} of them by {name!r}, and a gate "
+            f"takes up to {_MOST_SLICES}; leave that feature out of the policy's slices"
+        )
 
 
 def classes_of(outputs: Mapping[str, Tensor], wanted: str = "") -> list[int]:

@@ -50,11 +50,11 @@ def experiment(tenant: str, alias: str) -> Question[dict[str, Any]]:
     )
 
 
-def end_experiment(tenant: str, alias: str) -> Question[None]:
+def end_experiment(tenant: str, alias: str, reason: str) -> Question[None]:
     """End one."""
-    return Question(
-        method="DELETE", path=_of(tenant, "aliases", alias, "experiment"), read=lambda r: None
-    )
+    path = _of(tenant, "aliases", alias, "experiment")
+    said = f"?reason={quote(reason, safe='')}" if reason else ""
+    return Question(method="DELETE", path=path + said, read=lambda r: None)
 
 
 def feedback(

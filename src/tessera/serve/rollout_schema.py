@@ -59,6 +59,7 @@ feedback = Table(
     Column("received_s", Double, nullable=False),
     Index("ix_feedback_experiment", "tenant", "experiment", "seq"),
     Index("ix_feedback_alias", "tenant", "alias", "generation", "seq"),
+    Index("ix_feedback_order", "tenant", "alias", "seq"),
 )
 
 gates = Table(

@@ -14,7 +14,7 @@ from tessera.serve import access, holdings, rollout_schema, schema
 from tessera.serve.database import Change
 from tessera.serve.ledger import Ledger
 from tessera.serve.picture import as_alias
-from tessera.serve.records import Alias, Key, alias_name
+from tessera.serve.records import Alias, Key, alias_name, one_line
 from tessera.serve.rollout import BUCKETS, Experiment, check_experiment, checked_share
 
 __all__ = ["Experiments", "alias_in"]
@@ -141,20 +141,28 @@ class Experiments:
             self._write(change, new, began=old is None, by=by)
         return new
 
-    def end(self, tenant: str, alias: str, *, by: Key) -> Experiment:
+    def end(self, tenant: str, alias: str, *, by: Key, reason: str = "") -> Experiment:
         """End an experiment: everybody gets what the alias points to.
 
+        Args:
+            tenant: Whose.
+            alias: Of which alias.
+            by: An admin's, or one that may manage this tenant.
+            reason: For the log, in a line.
+
         Raises:
+            InputError: The reason can be none.
             UnknownNameError: No such tenant, or no experiment on this alias.
             AccessError: `by` may not.
         """
         t = rollout_schema.experiments
+        one_line(reason, "a reason")
         with self._ledger.write() as change:
             access.require_tenant(change.connection, tenant, by)
             old = self._find(change.connection, tenant, alias_name(alias))
             if old is None:
                 raise _none(tenant, alias)
-            body = {"alias": alias, "experiment": old.id}
+            body = {"alias": alias, "experiment": old.id, "reason": reason}
             revision = self._ledger.note(change, "experiment.ended", tenant, body, by)
             change.connection.execute(
                 sa.update(t)

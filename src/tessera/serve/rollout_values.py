@@ -12,9 +12,12 @@ from tessera.errors import InputError
 from tessera.serve.gates import Policy
 from tessera.serve.records import Alias
 
-__all__ = ["Asked", "Feedback", "Gate", "Gated", "Shots", "Watch"]
+__all__ = ["Asked", "Feedback", "Gate", "Gated", "Shots", "Watch", "slice_value"]
 
 _MOST_SHOTS = 20_000
+_MOST_SLICES = 16
+_MOST_TEXT = 100
+_MOST_ID = 200
 
 
 @final
@@ -149,6 +152,38 @@ class Shots:
                 raise InputError(f"{what} has {size} rows, and there are {n} labels")
         if not self.inputs or len(set(self.ids)) != len(self.ids):
             raise InputError("shots need inputs, and ids of which no two are the same")
+        for id in self.ids:
+            if not (isinstance(id, str) and len(id) <= _MOST_ID and id.isprintable()):
+                raise InputError(f"an id is up to {_MOST_ID} printable characters, got {id!r:.80}")
+        if len(self.slices) > _MOST_SLICES:
+            raise InputError(f"shots have up to {_MOST_SLICES} slices, got {len(self.slices)}")
+        for feature, values in self.slices.items():
+            slice_value(feature, "-")
+            for value in values:
+                if value != "":  # it was not said
+                    slice_value(feature, value)
+
+
+def slice_value(feature: object, value: object) -> str:
+    """The value that an example has for a feature, as text.
+
+    Raises:
+        InputError: It, or the feature's name, can be none.
+
+    Example:
+        >>> slice_value("language", "de"), slice_value("new", True)
+        ('de', 'True')
+    """
+    if not (isinstance(feature, str) and 0 < len(feature) <= _MOST_TEXT and feature.isprintable()):
+        raise InputError(f"a slice's feature is 1 to {_MOST_TEXT} characters; got {feature!r:.80}")
+    plain = isinstance(value, str) or (isinstance(value, int) and abs(value) < 1 << 63)
+    text = str(value) if plain else ""
+    if not 0 < len(text) <= _MOST_TEXT or not text.isprintable():
+        raise InputError(
+            f"the value of the slice {feature!r} is text of 1 to {_MOST_TEXT} characters, a whole "
+            f"number or a bool; got {value!r:.80}"
+        )
+    return text
 
 
 @final

@@ -8,16 +8,16 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from tessera.errors import InputError
+from tessera.serve.callers import By, owner_of
 from tessera.serve.feedback import Said
 from tessera.serve.gates import Policy
 from tessera.serve.oip_read import Binary, read_tensors
 from tessera.serve.ports import Viewing
-from tessera.serve.records import Alias, Key
+from tessera.serve.records import Alias
 from tessera.serve.rollout import Experiment
 from tessera.serve.rollout_desk import Desk
 from tessera.serve.rollout_values import Asked, Feedback, Gate, Shots, Watch
 from tessera.serve.settings import Limits
-from tessera.serve.web import authenticate, headers_of, tenant_for, want_scope
 
 __all__ = ["add_rollouts"]
 
@@ -122,19 +122,12 @@ def _server(request: Request) -> _Server:
 _Known = Annotated[_Server, Depends(_server)]
 
 
-def _caller(request: Request, server: _Known) -> Key:
-    return authenticate(server.registry.view(), headers_of(request.scope))
-
-
-_By = Annotated[Key, Depends(_caller)]
-
-
 def add_rollouts(app: FastAPI, registry: Viewing, desk: Desk, limits: Limits) -> None:
     """Put the routes below into the application of /v1.
 
     Args:
         app: See `management`.
-        registry: Knows the keys.
+        registry: Knows the aliases.
         desk: Answers.
         limits: Of tensors in a body.
     """
@@ -142,20 +135,14 @@ def add_rollouts(app: FastAPI, registry: Viewing, desk: Desk, limits: Limits) ->
     app.include_router(_router)
 
 
-def _owner(by: Key, tenant: str, scope: str = "manage") -> str:
-    owner = tenant_for(by, tenant)
-    want_scope(by, scope)
-    return owner
-
-
 _AT = "/tenants/{tenant}/aliases/{name}"
 
 
 @_router.post(_AT + "/experiment", status_code=201)
-def begin(tenant: str, name: str, body: NewExperiment, by: _By, server: _Known) -> Experiment:
+def begin(tenant: str, name: str, body: NewExperiment, by: By, server: _Known) -> Experiment:
     """Give a candidate a share of an alias's traffic, or change the share it has."""
     return server.desk.rollouts.experiments.start(
-        _owner(by, tenant),
+        owner_of(by, tenant),
         name,
         body.candidate,
         share=body.share,
@@ -166,9 +153,9 @@ def begin(tenant: str, name: str, body: NewExperiment, by: _By, server: _Known) 
 
 
 @_router.get(_AT + "/experiment")
-def report(tenant: str, name: str, by: _By, server: _Known) -> Report:
+def report(tenant: str, name: str, by: By, server: _Known) -> Report:
     """The experiment of an alias, and what is known of it."""
-    owner, rollouts = _owner(by, tenant), server.desk.rollouts
+    owner, rollouts = owner_of(by, tenant), server.desk.rollouts
     found = rollouts.experiments.get(owner, name)
     alias = server.registry.view().aliases.get((owner, name))
     return Report(
@@ -180,35 +167,35 @@ def report(tenant: str, name: str, by: _By, server: _Known) -> Report:
 
 
 @_router.delete(_AT + "/experiment", status_code=204)
-def end(tenant: str, name: str, by: _By, server: _Known) -> None:
-    """End the experiment of an alias."""
-    server.desk.rollouts.experiments.end(_owner(by, tenant), name, by=by)
+def end(tenant: str, name: str, by: By, server: _Known, reason: str = "") -> None:
+    """End the experiment of an alias; the log has the reason."""
+    server.desk.rollouts.experiments.end(owner_of(by, tenant), name, by=by, reason=reason)
 
 
 @_router.post("/tenants/{tenant}/feedback", status_code=201)
-def feedback(tenant: str, body: NewFeedback, by: _By, server: _Known) -> Feedback:
+def feedback(tenant: str, body: NewFeedback, by: By, server: _Known) -> Feedback:
     """Say what became of an answer; the same again is no harm."""
     said = Said.parse(body.model_dump())
-    return server.desk.feedback(_owner(by, tenant, "infer"), said, by=by)
+    return server.desk.feedback(owner_of(by, tenant, "infer"), said, by=by)
 
 
 @_router.post(_AT + ":gate", status_code=201)
-def gate(tenant: str, name: str, body: NewGate, by: _By, server: _Known) -> GateMade:
+def gate(tenant: str, name: str, body: NewGate, by: By, server: _Known) -> GateMade:
     """Decide whether a candidate may take an alias's place, and promote it where asked."""
-    found = server.desk.gate(_owner(by, tenant), name, _asked(body, server.limits), by=by)
+    found = server.desk.gate(owner_of(by, tenant), name, _asked(body, server.limits), by=by)
     return GateMade(gate=found.gate, alias=found.alias)
 
 
 @_router.get(_AT + "/gates")
-def gates(tenant: str, name: str, by: _By, server: _Known) -> list[Gate]:
+def gates(tenant: str, name: str, by: By, server: _Known) -> list[Gate]:
     """The last 100 gates of an alias, the newest first."""
-    return server.desk.rollouts.gates.all(_owner(by, tenant), name)
+    return server.desk.rollouts.gates.all(owner_of(by, tenant), name)
 
 
 @_router.get(_AT + "/gates/{id}")
-def evidence(tenant: str, name: str, id: str, by: _By, server: _Known) -> GateShown:
+def evidence(tenant: str, name: str, id: str, by: By, server: _Known) -> GateShown:
     """One of them, and its evidence."""
-    found = server.desk.rollouts.gates.get(_owner(by, tenant), name, id)
+    found = server.desk.rollouts.gates.get(owner_of(by, tenant), name, id)
     return GateShown(gate=found, evidence=server.desk.rollouts.gates.evidence(found))
 
 

@@ -15,11 +15,16 @@ from torch import nn
 from tessera.arch import base_hash
 from tessera.errors import StorageError
 from tessera.serve.app import App, make_app
+from tessera.serve.batch import device_of, form_of
 from tessera.serve.blobs import Blobs
 from tessera.serve.dashboard import add_dashboard
 from tessera.serve.engine import Engine
 from tessera.serve.fitting import Fitter, FitterSettings
+from tessera.serve.fitting_values import Origin
 from tessera.serve.fitting_web import add_adaptation
+from tessera.serve.learning_going import Means
+from tessera.serve.learning_watcher import Learner
+from tessera.serve.learning_web import add_learning
 from tessera.serve.listen import Server
 from tessera.serve.recorder import Recorder
 from tessera.serve.registry import Registry
@@ -42,7 +47,7 @@ class ServiceSettings:
     Attributes:
         db: ``sqlite:///path`` or ``postgresql+psycopg://...``.
         blobs: A folder, or ``s3://bucket/prefix``.
-        keep: What the audit log keeps of requests: see `Recorder`.
+        keep: What the audit log keeps of requests and of shots: see `Recorder`.
         slots: Deltas in use at a time.
         max_rows: Rows of a batch.
         deadline_ms: How long a request waits for company.
@@ -73,6 +78,8 @@ class Service:
     Args:
         model: The base. It is this server's alone while it runs.
         settings: See `ServiceSettings`.
+        origin: How another process builds the same base: fits then run in one that stands back.
+            None: in a thread of this one.
 
     Attributes:
         app: The ASGI application.
@@ -80,6 +87,7 @@ class Service:
         engine: Runs batches.
         recorder: Writes what was answered into the log.
         fitter: Fits deltas to shots that come with a request.
+        learner: Fits them to feedback, in the background.
         admin_key: The secret that was made at the first start; None at later ones. It is shown
             once, and kept nowhere.
 
@@ -96,7 +104,9 @@ class Service:
         'server.start'
     """
 
-    def __init__(self, model: nn.Module, settings: ServiceSettings) -> None:
+    def __init__(
+        self, model: nn.Module, settings: ServiceSettings, origin: Origin | None = None
+    ) -> None:
         self.model = model.eval()
         blobs = Blobs(settings.blobs)
         base = base_hash(model)
@@ -105,7 +115,13 @@ class Service:
             self.admin_key = self.registry.first_admin_key(
                 os.environ.get("TESSERA_ADMIN_KEY") or None
             )
-            self.recorder = Recorder(self.registry.audit, blobs, base_hash=base, keep=settings.keep)
+            self.recorder = Recorder(
+                self.registry.audit,
+                blobs,
+                base_hash=base,
+                keep=settings.keep,
+                device=device_of(model),
+            )
         except BaseException:
             self.registry.close()
             raise
@@ -127,10 +143,12 @@ class Service:
                 sessions=self.registry.sessions, experiments=self.registry.rollouts.experiments
             ),
         )
-        self.fitter = Fitter(self.model, self.registry, settings.fits)
-        add_adaptation(self.app.management, self.registry, self.fitter, limits=settings.app.limits)
+        self.fitter = Fitter(self.model, self.registry, settings.fits, origin)
+        limits, keep = settings.app.limits, settings.keep
+        add_adaptation(self.app.management, self.registry, self.fitter, limits=limits, keep=keep)
         desk = Desk(self.registry.rollouts, self.engine, self.recorder)
         add_rollouts(self.app.management, self.registry, desk, limits=settings.app.limits)
+        self.learner = self._learns(blobs, desk, keep)
         self.registry.sessions.keep = settings.keep == "inputs"
         self.registry.sessions.after_end = self.engine.forget
         for name, about, read in (
@@ -143,10 +161,26 @@ class Service:
             ),
         ):
             Gauge(name, about, registry=self.app.meters.registry).set_function(read)
+        self.registry.audit.told = self.app.meters.event
         self._dashboard = add_dashboard(self.app, self.registry, self.engine)
         self._stop = threading.Event()
         self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
         self._looking.start()
+        self.learner.start()
+
+    def _learns(self, blobs: Blobs, desk: Desk, keep: str) -> Learner:
+        learner = Learner(
+            Means(
+                registry=self.registry,
+                blobs=blobs,
+                fitter=self.fitter,
+                desk=desk,
+                keep=keep,
+                padding=form_of(self.model).padding,
+            )
+        )
+        add_learning(self.app.management, self.registry, learner)
+        return learner
 
     def _look(self) -> None:
         """Pick up what other processes changed."""
@@ -170,6 +204,7 @@ class Service:
         """Answer what is queued, write the log, and let go of everything."""
         self._stop.set()
         self._looking.join()
+        self.learner.close()
         self.fitter.close()
         self.engine.close()
         self.app.close()

@@ -174,7 +174,7 @@ class Sessions:
                 "ends_s": self._ticks.now() + length,
                 "expires_s": now + length,
             }
-            body = {"session": id, "delta": hash, "blob": blob, "ttl_s": length}
+            body = {"session": id} | {n: v for n, v in row.items() if n not in ("id", "tenant")}
             revision = self._ledger.note(
                 change, "session.start", tenant, {**body, **(about or {})}, by
             )

@@ -151,7 +151,7 @@ def _add(ledger: Ledger, change: Change, key: Key, digest: bytes, by: Key) -> No
         change,
         "key.created",
         key.tenant,
-        {"key": key.id, "scopes": scopes},
+        {"key": key.id, "scopes": scopes, "check": access.check_of(key.id, digest.hex())},
         by,
         keys={digest: key},
     )

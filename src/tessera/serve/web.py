@@ -32,6 +32,7 @@ __all__ = [
     "HttpError",
     "Room",
     "Unauthorized",
+    "Unavailable",
     "authenticate",
     "bounded",
     "check_head",
@@ -79,6 +80,11 @@ class Unauthorized(AccessError):
 
 
 @final
+class Unavailable(BusyError):
+    """What is asked for cannot be done just now: 503, where a queue that is full is 429."""
+
+
+@final
 class Disconnected(Exception):
     """The client has gone: there is nobody to answer."""
 
@@ -88,6 +94,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (AccessError, 403),
     (UnknownNameError, 404),
     (ConflictError, 409),
+    (Unavailable, 503),
     (BusyError, 429),
     # A blob or a database that fails is no fault of the request.
     (CheckpointError, 503),
@@ -130,12 +137,14 @@ def describe(error: BaseException, id: str) -> tuple[int, bytes, list[tuple[byte
     message = str(error)
     if status == 500:
         kind, message = TesseraError, f"the server failed; its log has request {id}"
-    elif isinstance(error, HttpError | Unauthorized):
-        kind = InputError if isinstance(error, HttpError) else AccessError
+    elif isinstance(error, HttpError | Unauthorized | Unavailable):
+        kind = type(error).__bases__[0]  # that clients know
     elif status == 503:
         message = f"the server's storage failed; its log has request {id}"
         headers = [(b"retry-after", b"5")]
-    return status, orjson.dumps({"error": message, "type": kind.__name__}), headers
+    # It may quote a client's text that is no Unicode: half of a surrogate pair, as JSON can say.
+    words = message.encode("utf-8", "backslashreplace").decode()
+    return status, orjson.dumps({"error": words, "type": kind.__name__}), headers
 
 
 def log_failure(error: BaseException, id: str) -> None:
@@ -146,9 +155,10 @@ def log_failure(error: BaseException, id: str) -> None:
     """
     status = status_of(error)
     if status == 500:
-        _LOG.error("request %s failed", id, exc_info=error)
+        _LOG.error("request %s failed", id, exc_info=error, extra={"request": id})
     elif status > 500:
-        _LOG.warning("request %s failed: %s: %s", id, type(error).__name__, error)
+        said = (id, type(error).__name__, error)
+        _LOG.warning("request %s failed: %s: %s", *said, extra={"request": id})
 
 
 def headers_of(scope: Scope) -> Headers:
