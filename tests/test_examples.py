@@ -29,6 +29,8 @@ PROMISES = {
     "serve_learning.py": (r"slipped  ([\d.]+)   by itself, generation 2", 0.7),
     # Of the frozen base it is 49.7 %.
     "hypernet.py": (r"a hypernetwork\s+([\d.]+) %[^\n]*\n.*answers the same: True", 82.0),
+    # Of five characters of unseen scripts, from one picture each; the nearest by pixels gets 52.3.
+    "maml_implicit.py": (r"adapted model\s+([\d.]+)", 70.0),
     "online_journal.py": (r"prequential accuracy ([\d.]+)%[^\n]*\n.*bit for bit: True", 80.0),
 }
 

@@ -50,6 +50,10 @@ net, slow = bases.net, bases.slow
 HOW = FitSettings(r=2, sites=["0"], head="2", steps=25, lr=0.05)
 
 
+# Beside other tests, which take all there is, one that stands back would hardly begin.
+BUSY = {"niceness": 0}
+
+
 def origin(function="net"):
     return Origin(function="tessera.cli.served:build", arguments={"model": f"{BASES}:{function}"})
 
@@ -67,7 +71,7 @@ def order(how=HOW, tenant="acme", old=None, **other):
 
 @contextlib.contextmanager
 def fitting(model, function="net", registry=None, **settings):
-    fitter = Fitter(model, registry, FitterSettings(**settings), origin(function))
+    fitter = Fitter(model, registry, FitterSettings(**BUSY | settings), origin(function))
     try:
         yield fitter
     finally:
@@ -236,7 +240,7 @@ def test_an_error_that_is_none_of_ours_is_the_servers():
 
 def hang():
     """For a process of its own: print the number of one that fits, and wait."""
-    fitter = Fitter(slow(), None, origin=origin("slow"))
+    fitter = Fitter(slow(), None, FitterSettings(**BUSY), origin("slow"))
     fitter.submit(order(FitSettings(r=1, steps=2))).result()
     fitter.submit(order(input=torch.full((12, 6), 99.0)))
     time.sleep(0.5)
@@ -298,7 +302,8 @@ def test_a_fit_that_hangs_is_ended():
     [("Identity", "builds another model"), ("Nowhere", "no attribute 'Nowhere'")],
 )
 def test_one_that_cannot_build_the_model(function, why, caplog):
-    fitter = Fitter(net(), None, origin=Origin(function=f"torch.nn:{function}"))
+    where = Origin(function=f"torch.nn:{function}")
+    fitter = Fitter(net(), None, FitterSettings(**BUSY), where)
     for _ in range(2):  # the second time by another process
         with pytest.raises(BusyError, match="fits cannot be run; the server's log says why"):
             fitter.submit(order()).result()
@@ -372,7 +377,7 @@ def test_over_http_it_is_503(tmp_path):
     where = ServiceSettings(
         db=f"sqlite:///{tmp_path}/registry.db",
         blobs=str(tmp_path / "blobs"),
-        fits=FitterSettings(ms=200.0, grace_s=0.3),
+        fits=FitterSettings(ms=200.0, grace_s=0.3, **BUSY),
     )
     with Service(slow(), where, origin("slow")) as service:
         server = service.server(port=0)

@@ -20,12 +20,13 @@ from tessera.arch import Delta
 from tessera.errors import CheckpointError, ConflictError, InputError, UnknownNameError
 from tessera.serve import gates_statistics as statistics
 from tessera.serve.blobs import Blobs
+from tessera.serve.feedback import Journal, Said
 from tessera.serve.gates import Policy, canonical, decide, is_regression, recompute
 from tessera.serve.gates_statistics import Pairs
 from tessera.serve.records import Key
 from tessera.serve.registry import Registry
-from tessera.serve.rollout_desk import classes_of
-from tessera.serve.rollout_values import Watch
+from tessera.serve.rollout_desk import Desk, classes_of
+from tessera.serve.rollout_values import Feedback, Watch
 
 Z = 1.959964
 counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -422,6 +423,35 @@ def test_a_watch_rolls_back_what_regressed(house: House) -> None:
     assert event.body["before"] == [72, 100]
     assert gates.look("acme", "m", "0" * 640) is None  # it has moved on
     house.registry.audit.verify()
+
+
+def test_a_watch_is_on_time_and_seldom_reads_all(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = house.gates.record(
+        house.evidence(table(70, 20, 2, 8)), watch=Watch(min_n=20), by=house.by
+    )
+    house.gates.promote(gate, by=house.by)
+    rollouts, outcomes, reads = house.registry.rollouts, "", 0
+
+    def live(self: Journal, *at: object) -> str:
+        nonlocal reads
+        assert at == ("acme", "m", 2, house.two)
+        reads += 1
+        return outcomes
+
+    kept = {"tenant": "acme", "alias": "m", "experiment": "", "arm": "", "slices": {}, "seq": 1}
+    kept |= {"request": "r", "generation": 2, "delta": house.two}
+    monkeypatch.setattr(Journal, "live", live)
+    monkeypatch.setattr(Journal, "find", lambda self, *of: Feedback(outcomes=outcomes[-1:], **kept))
+    desk, said = Desk(rollouts, None, None), Said.parse({"request": "r", "correct": True})
+    while house.registry.alias("acme", "m").generation == 2:
+        outcomes += "01"[len(outcomes) < 250]  # 20 * 2^4 are looked at, and the next are bad
+        desk.feedback("acme", said, by=house.by)
+    assert len(outcomes) == 640
+    (event,) = house.registry.audit.read(kinds=["watch.regressed"])
+    assert event.body["live"] == [250, 640]
+    assert reads < 120
 
 
 def test_gates_of_nothing(house: House) -> None:

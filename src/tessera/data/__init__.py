@@ -4,7 +4,10 @@ from tessera.data.batch import Batch
 from tessera.data.detectors import DriftDetector
 from tessera.data.drift import ADWIN, PageHinkley
 from tessera.data.drifting import bernoulli, hyperplane, sea, stagger
+from tessera.data.few_shot import Episodes, episodes
 from tessera.data.generative import GenerativeReplay
+from tessera.data.glyph_build import build_glyphs
+from tessera.data.glyph_sets import Glyphs, glyphs
 from tessera.data.journal import Journal
 from tessera.data.prioritized import ReplayDraw
 from tessera.data.replay import ReplayBuffer
@@ -22,7 +25,9 @@ __all__ = [
     "Benchmark",
     "DatasetShard",
     "DriftDetector",
+    "Episodes",
     "GenerativeReplay",
+    "Glyphs",
     "IterableShard",
     "Journal",
     "JournalRecord",
@@ -39,6 +44,9 @@ __all__ = [
     "Task",
     "benchmark",
     "bernoulli",
+    "build_glyphs",
+    "episodes",
+    "glyphs",
     "hyperplane",
     "sea",
     "stagger",

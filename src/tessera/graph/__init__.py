@@ -1,8 +1,8 @@
 """`tg`: the training step, its optimizers and transforms, a step as a graph, background work."""
 
 from tessera.graph.capture import Graph, capture
-from tessera.graph.ir import Node
 from tessera.graph.inner import InnerAdam, InnerSGD
+from tessera.graph.ir import Node
 from tessera.graph.optim import SGD, Adam, Transform
 from tessera.graph.regions import gradient_region
 from tessera.graph.schedule import OnlineSchedule, current_stream

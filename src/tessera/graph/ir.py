@@ -91,7 +91,7 @@ class Node:
         name: Of its result, unique in the graph.
         op: Namespace, name and overload, e.g. "aten.linear.default", "tessera.ewc.default".
         arguments: (argument's name, value) in the order of the op's schema; a tensor is a `Ref`.
-        types: Of its results.
+        types: Of its results; None for one that its op was told not to compute.
         several: Whether it returns a list or tuple of tensors.
         no_grad: Whether it stands in a no_grad region.
         line: The user's line, as "step.py:12"; None where unknown.
@@ -104,7 +104,7 @@ class Node:
     name: str
     op: str
     arguments: tuple[tuple[str, Any], ...]
-    types: tuple[TensorType, ...]
+    types: tuple[TensorType | None, ...]
     several: bool = False
     no_grad: bool = False
     line: str | None = None
@@ -122,7 +122,7 @@ class Node:
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of its results."""
-        return tuple(t.shape for t in self.types)
+        return tuple(() if t is None else t.shape for t in self.types)
 
     def __repr__(self) -> str:
         return f"{self.name} = {self.op}({', '.join(f'%{n}' for n in self.inputs)})"
@@ -243,6 +243,8 @@ def _check_refs(value: Any, results: Mapping[str, Node | None], where: str) -> N
         count = len(node.types) if node is not None else 1
         if several != (ref.item is not None) or not 0 <= (ref.item or 0) < count:
             raise GraphError(f"{where} reads {ref}, but %{ref.name} has {count} results")
+        if node is not None and node.types[ref.item or 0] is None:
+            raise GraphError(f"{where} reads {ref}, which its op was told not to compute")
 
 
 def _check_arguments(node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from tessera.errors import GraphError
 from tessera.graph import text as printing
-from tessera.graph.ir import Node, Program, Ref, execute, substitute
+from tessera.graph.ir import Node, Program, Ref, TensorType, execute, substitute
 from tessera.ops.registry import REGIONS
 
-__all__ = ["gradient_region", "register"]
+__all__ = ["closed_gradient_region", "gradient_region", "register"]
 
 
 def gradient_region(
@@ -48,6 +49,66 @@ def gradient_region(
         >>> [round(v, 6) for v in p.tolist()]
         [-0.2, -0.2]
     """
+    program, _ = _gradients(loss_fn, params, batch)
+    if program.constants:
+        raise GraphError(
+            f"{program.name}: the loss closes over %{program.constants[0].name}; give it as a part "
+            "of the params or of the batch"
+        )
+    return register(program)
+
+
+def closed_gradient_region(
+    loss_fn: Callable[..., Tensor], params: Sequence[Tensor], batch: Sequence[Tensor]
+) -> tuple[str, list[Tensor]]:
+    """`gradient_region` of a loss that closes over tensors, to call while a graph is captured.
+
+    Args:
+        loss_fn: As for `gradient_region`.
+        params: As for `gradient_region`; only their shapes, dtypes and devices are looked at.
+        batch: As for `gradient_region`; of these, too.
+
+    Returns:
+        The region's name, and the tensors closed over: further inputs, to give behind the batch.
+
+    Raises:
+        GraphError: As for `gradient_region`, but for the closing over.
+
+    Example:
+        >>> scale = torch.ones(2)
+        >>> name, closed = closed_gradient_region(
+        ...     lambda p, b: (p[0] * scale).sum(), [torch.ones(2)], [])
+        >>> closed[0] is scale
+        True
+    """
+    found: list[tuple[Program, set[str]]] = []
+    failed: list[BaseException] = []
+    shapes = [[(t.shape, t.dtype, t.device) for t in row] for row in (params, batch)]
+
+    def work() -> None:
+        try:
+            theta, given = ([torch.zeros(s, dtype=d, device=o) for s, d, o in r] for r in shapes)
+            found.append(_gradients(loss_fn, theta, given))
+        except BaseException as error:
+            failed.append(error)
+
+    # A thread of its own has none of the modes of the trace that is going on in this one.
+    thread = threading.Thread(target=work, name="tessera-region")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    program, stopped = found[0]
+    closed = tuple((c.name, TensorType.of(c.tensor)) for c in program.constants)
+    opened = replace(program, inputs=(*program.inputs, *closed), constants=())
+    tensors = [c.tensor.detach() if c.name in stopped else c.tensor for c in program.constants]
+    return register(opened), tensors
+
+
+def _gradients(
+    loss_fn: Callable[..., Tensor], params: Sequence[Tensor], batch: Sequence[Tensor]
+) -> tuple[Program, set[str]]:
+    """The gradient, and the names of the tensors closed over that the loss detaches."""
     count = len(params)
     names = [*(f"theta{i}" for i in range(count)), *(f"batch{i}" for i in range(len(batch)))]
     tracer: Any = importlib.import_module("tessera.graph.trace")  # brings sympy: not at import
@@ -70,22 +131,28 @@ def gradient_region(
     inputs = [p.detach().clone().requires_grad_() for p in params]
     examples = dict(zip(names, [*inputs, *(b.detach().clone() for b in batch)], strict=True))
     loss = tracer.trace(forward, examples, {}, name=label)
-    stops = [n for n in loss.nodes if n.op == "aten.detach.default" or n.no_grad]
+    detached = {c.name: c.tensor for c in loss.constants}
+    for node in loss.nodes:
+        if node.op != "aten.detach.default":
+            for name in node.inputs:  # its gradient is wanted after all
+                detached.pop(name, None)
+    stops = [
+        n
+        for n in loss.nodes
+        if n.no_grad or (n.op == "aten.detach.default" and n.inputs[0] not in detached)
+    ]
     if stops:
         raise GraphError(
             f"{label}: node %{stops[0].name} at {stops[0].line} stops the gradient inside the "
             "loss; compute it outside and give it as a part of the batch"
         )
-    return register(_plain(tracer.trace(gradients, examples, {}, name=label, joint=True)))
+    program = _plain(tracer.trace(gradients, examples, {}, name=label, joint=True))
+    kept = {c.name for c in program.constants if any(c.tensor is t for t in detached.values())}
+    return program, kept
 
 
 def _plain(program: Program) -> Program:
     """Without the detaches autograd puts around what it saved: they would hide a derivative."""
-    if program.constants:
-        raise GraphError(
-            f"{program.name}: the loss closes over %{program.constants[0].name}; give it as a part "
-            "of the params or of the batch"
-        )
     same: dict[Ref, Ref] = {}
     nodes: list[Node] = []
     for node in program.nodes:

@@ -59,7 +59,7 @@ def _node(node: Node) -> list[str]:
             gap = len(operands) != at or order[at] != name
             operands.append(f"{name} = {_value(value)}" if gap else _value(value))
     braces = f" {{{', '.join(attributes)}}}" if attributes else ""
-    types = ", ".join(map(str, node.types))
+    types = ", ".join(map(_kind, node.types))
     count = f":{len(node.types)}" if node.several else ""
     kind = f"({types})" if node.several else types
     line = f"%{node.name}{count} = {short(node.op)}({', '.join(operands)}){braces} : {kind}"
@@ -87,9 +87,13 @@ def _value(value: Any) -> str:
     return str(value).removeprefix("torch.") if not isinstance(value, float) else repr(value)
 
 
-def types_of(program: Program) -> dict[str, tuple[TensorType, ...]]:
+def _kind(kind: TensorType | None) -> str:
+    return "none" if kind is None else str(kind)
+
+
+def types_of(program: Program) -> dict[str, tuple[TensorType | None, ...]]:
     """Types of every value."""
-    known = {name: (kind,) for name, kind in program.inputs}
+    known: dict[str, tuple[TensorType | None, ...]] = {n: (kind,) for n, kind in program.inputs}
     known |= {c.name: (TensorType.of(c.tensor),) for c in program.constants}
     return known | {node.name: node.types for node in program.nodes}
 
@@ -118,7 +122,7 @@ def dot(program: Program) -> str:
     for c in program.constants:
         add(c.name, f"%{c.name}\n{TensorType.of(c.tensor)}", 'style=filled, fillcolor="#dddddd"')
     for node in program.nodes:
-        label = f"{short(node.op)}\n{', '.join(map(str, node.types))}"
+        label = f"{short(node.op)}\n{', '.join(map(_kind, node.types))}"
         add(node.name, label, "style=dashed" if node.no_grad else "style=solid")
         lines += [f"  {json.dumps(n)} -> {json.dumps(node.name)};" for n in node.inputs]
     names = {node.name for node in program.nodes} | set(types_of(program))

@@ -232,8 +232,11 @@ class _Reader:
         value = node.meta.get("val")
         several = isinstance(value, tuple | list)
         results = list(value) if isinstance(value, tuple | list) else [value]
-        tensors: list[Tensor] = []
+        tensors: list[Tensor | None] = []
         for v in results:
+            if v is None and several:  # its output_mask says so
+                tensors.append(None)
+                continue
             if not isinstance(v, Tensor) or not all(type(n) is int for n in v.shape):
                 what = "the size" if isinstance(v, Tensor) else "a number"
                 raise GraphError(
@@ -254,7 +257,7 @@ class _Reader:
                     for a in schema.arguments
                     if a.name in given
                 ),
-                types=tuple(TensorType.of(v) for v in tensors),
+                types=tuple(None if v is None else TensorType.of(v) for v in tensors),
                 several=several,
                 no_grad=self._no_grad,
                 line=line,

@@ -17,7 +17,7 @@ from tessera.meta.calling import Buffers, Functional
 from tessera.meta.inner import InnerOpt, LossOf, Point, descend, require_finite, steps_of
 from tessera.meta.recompute import descend_again
 
-__all__ = ["LossFn", "Only", "Plan", "one_loss"]
+__all__ = ["LossFn", "Only", "Plan", "chosen_of", "one_loss"]
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 Only: TypeAlias = str | Sequence[str] | Delta | None
@@ -57,7 +57,7 @@ class Plan:
 
     def start(self, run: Functional, tasks: int | None) -> Point:
         """Where the loop begins: at the model, or where `state` left off."""
-        chosen = _chosen(run.params(), self.only)
+        chosen = chosen_of(run.params(), self.only)
         running = run.running()
         slots: Any = {}
         if tasks is not None:
@@ -138,8 +138,13 @@ def one_loss(loss_fn: LossFn, output: Any, y: Any) -> Tensor:
     return loss
 
 
-def _chosen(params: Mapping[str, Tensor], only: Only) -> dict[str, Tensor]:
-    """What is adapted: those that require gradients, among those that are named."""
+def chosen_of(params: Mapping[str, Tensor], only: Only) -> dict[str, Tensor]:
+    """What is adapted: those that require gradients, among those that are named.
+
+    Example:
+        >>> list(chosen_of(dict(nn.Linear(2, 1).named_parameters()), "bias"))
+        ['bias']
+    """
     names = list(params)
     if isinstance(only, str):
         only = [only]

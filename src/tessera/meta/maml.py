@@ -13,7 +13,8 @@ from tessera.errors import InputError
 from tessera.meta.adapted import Adapted, MetaState
 from tessera.meta.calling import Buffers
 from tessera.meta.inner import InnerOpt, Tensors
-from tessera.meta.loop import LossFn, Only, Plan, one_loss
+from tessera.meta.loop import LossFn, Only, Plan, chosen_of, one_loss
+from tessera.meta.recorded import recorded, recording
 
 __all__ = ["maml_step"]
 
@@ -89,6 +90,15 @@ def maml_step(
     )
     x, y = _support(batch)
     run = plan.functional(model)
+    delta = only if isinstance(only, Delta) else None
+    if recording():
+
+        def loss(params: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            inside = plan.functional(model)  # made of nothing of the trace around
+            return one_loss(loss_fn, inside.call(params, (x,), learn=True)[0], y)
+
+        node = recorded(plan, loss, chosen_of(run.params(), only), (x, y))
+        return Adapted(run, node, delta=delta), node
 
     def loss_of(params: Tensors, running: Tensors) -> tuple[Tensor, Tensors]:
         output, running = run.call(params, (x,), running=running, learn=True)
@@ -96,7 +106,7 @@ def maml_step(
 
     end = plan.descend(loss_of, plan.start(run, None))
     after = plan.state_after(end, None)
-    return Adapted(run, after, delta=only if isinstance(only, Delta) else None), after
+    return Adapted(run, after, delta=delta), after
 
 
 def _support(batch: Any) -> tuple[Tensor, Tensor]:

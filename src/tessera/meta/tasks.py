@@ -12,11 +12,12 @@ from tessera import ops as T
 from tessera.arch.base import named
 from tessera.arch.delta import Delta
 from tessera.data import Batch
-from tessera.errors import InputError
+from tessera.errors import GraphError, InputError
 from tessera.meta.adapted import Adapted, MetaState
 from tessera.meta.calling import Buffers, Functional
 from tessera.meta.inner import InnerOpt, LossOf, Point, Tensors
 from tessera.meta.loop import LossFn, Only, Plan, one_loss
+from tessera.meta.recorded import recording
 
 __all__ = ["losses_of", "maml_tasks", "support_of"]
 
@@ -81,6 +82,11 @@ def maml_tasks(
         state=state,
     )
     x, y = support_of(tasks, chunk)
+    if recording():
+        raise GraphError(
+            "a captured graph holds no vmap: capture one task with maml_step, whose node is mapped "
+            "over tasks by torch.func.vmap; or compile all of it with meta.MetaStep"
+        )
     for name, module in named(model).items():
         if isinstance(module, nn.RNNBase):
             raise InputError(

@@ -257,6 +257,7 @@ def run(
     }
     with torch.inference_mode():
         outputs = _named(bank(inputs, torch.tensor([*rows, -1], device=bank.device)))
+        outputs = {name: value.cpu() for name, value in outputs.items()}  # at once, not by part
     found, first = [], 0
     for part in parts:
         virtual = _virtual(deltas[part.delta]) if part.delta else 0
@@ -267,7 +268,7 @@ def run(
             mine = value[first : first + part.rows]
             if bucket and mine.dim() > 1 and mine.shape[1] >= bucket:
                 mine = mine[:, : part.length + virtual]
-            own[name] = mine.cpu() if mine.is_cuda else mine.clone()
+            own[name] = mine.clone()
         found.append(own)
         first += part.rows
     return found

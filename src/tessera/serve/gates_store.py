@@ -223,6 +223,14 @@ class Gates:
         self._looked[key] = number
         return found
 
+    def until_look(self, tenant: str, alias: str, n: int) -> int:
+        """How many outcomes have to follow the first `n` before `look` looks again."""
+        row = self._watch(tenant, alias)
+        if row is None:
+            return 0
+        least = int(row.min_n)
+        return least * (1 << (n // least).bit_length()) - n
+
     def _watch(self, tenant: str, alias: str) -> Any:
         t, a = rollout_schema.watches, schema.aliases
         # Of an alias that has moved on nothing is watched.

@@ -126,7 +126,7 @@ def steps(
 @_router.post(_AT + ":run", status_code=201)
 def run(tenant: str, name: str, by: By, server: _Known) -> Round:
     """Run a round now; it is answered when the gate has decided."""
-    return server.learner.run(owner_of(by, tenant), name)
+    return server.learner.run(owner_of(by, tenant), alias_name(name))
 
 
 @_router.put("/tenants/{tenant}/budget")

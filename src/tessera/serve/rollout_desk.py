@@ -68,6 +68,7 @@ class Desk:
         self.rollouts = rollouts
         self._engine, self._recorder = engine, recorder
         self._gating: set[str] = set()
+        self._quiet: dict[tuple[str, str], tuple[tuple[int, str], int]] = {}
         self._turn = threading.Lock()
 
     def shadows(self, tenant: str, experiment: Experiment) -> dict[str, int]:
@@ -127,15 +128,20 @@ class Desk:
         return "".join("01"[a == b] for a, b in zip(found, said.label, strict=True))
 
     def _watch(self, found: Feedback) -> None:
-        gates = self.rollouts.gates
-        if found.outcomes and gates.watched(found.tenant, found.alias) == (
-            found.generation,
-            found.delta,
-        ):
-            outcomes = self.rollouts.journal.live(
-                found.tenant, found.alias, found.generation, found.delta
-            )
-            gates.look(found.tenant, found.alias, outcomes)
+        gates, now = self.rollouts.gates, (found.generation, found.delta)
+        at = found.tenant, found.alias
+        if not found.outcomes or gates.watched(*at) != now:
+            return
+        known, left = self._quiet.get(at, (now, 0))
+        left -= len(found.outcomes)
+        if known == now and left > 0:
+            self._quiet[at] = now, left
+            return
+        outcomes = self.rollouts.journal.live(*at, *now)
+        gates.look(*at, outcomes)
+        # They may be a million, and are read again only where a look could have come due; a
+        # quarter of the way, for other processes take feedback too.
+        self._quiet[at] = now, gates.until_look(*at, len(outcomes)) // 4
 
     # --- gates -----------------------------------------------------------------------------------
 

@@ -151,6 +151,15 @@ class Service:
         self.learner = self._learns(blobs, desk, keep)
         self.registry.sessions.keep = settings.keep == "inputs"
         self.registry.sessions.after_end = self.engine.forget
+        self._measures()
+        self._dashboard = add_dashboard(self.app, self.registry, self.engine)
+        self._stop = threading.Event()
+        self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
+        self._looking.start()
+        self.learner.start()
+
+    def _measures(self) -> None:
+        meters = self.app.meters
         for name, about, read in (
             ("tessera_queue_rows", "Rows that wait for a batch", self.engine.waiting),
             ("tessera_slots_used", "Deltas in the bank", lambda: self.engine.slots_used),
@@ -160,13 +169,8 @@ class Service:
                 lambda: self.recorder.failed,
             ),
         ):
-            Gauge(name, about, registry=self.app.meters.registry).set_function(read)
-        self.registry.audit.told = self.app.meters.event
-        self._dashboard = add_dashboard(self.app, self.registry, self.engine)
-        self._stop = threading.Event()
-        self._looking = threading.Thread(target=self._look, name="tessera-look", daemon=True)
-        self._looking.start()
-        self.learner.start()
+            Gauge(name, about, registry=meters.registry).set_function(read)
+        self.registry.audit.told = meters.event
 
     def _learns(self, blobs: Blobs, desk: Desk, keep: str) -> Learner:
         learner = Learner(
