@@ -1,5 +1,8 @@
 """A whole meta-gradient in one call: equal to the parts, compiled or not, and never wrong."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -300,6 +303,40 @@ def test_in_the_background_it_goes_on_uncompiled(interpreted, monkeypatch):
     assert step.ready(wait_s=10)
     torch.testing.assert_close(step(*batches()), early, rtol=1e-12, atol=1e-14)
     assert interpreted.calls == 1
+
+
+def test_what_fails_in_the_background_is_told_to_the_next_call(interpreted, monkeypatch):
+    def broken(path, device):
+        raise Unbuilt("the disk is full")
+
+    monkeypatch.setattr(compiled_graph, "load", broken)
+    monkeypatch.setattr(compiled_graph, "build", lambda program, devices, path: None)
+    step = MetaStep(mlp(), inner_opt=tg.SGD(0.3), K=1, compile="background")
+    step._compiled([t for b in batches() for t in b])
+    with pytest.warns(UserWarning, match="the disk is full"):
+        step.ready(wait_s=10)
+    assert not step.ready()
+    step(*batches())  # says it once
+
+
+def test_a_program_that_ends_while_it_compiles_leaves_nothing_behind(tmp_path):
+    script = """
+import torch
+from torch import nn
+from tessera import graph as tg
+from tessera.data import Batch
+from tessera.meta.compiled import MetaStep
+step = MetaStep(nn.Linear(2, 3), inner_opt=tg.SGD(0.3), K=1, compile="background")
+tasks = Batch(torch.ones(2, 4, 2), torch.zeros(2, 4, dtype=torch.int64))
+step(tasks, tasks)
+print(step.ready())
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+    assert list((tmp_path / "tessera").iterdir()) == []
 
 
 def test_what_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,20 @@ def answers(served, server, secret: str, alias: str, delta: Delta, request: str)
     assert torch.allclose(said.outputs["output"], wanted, atol=1e-5)
 
 
+def recorded(server, wanted: set[str]) -> None:
+    """Wait until these requests are in the log, their inputs in the blobs.
+
+    What speaks S3 here holds it in memory, and what is written while it is read to be put back
+    would be lost: no such thing happens to a real one.
+    """
+    registry = server.registry()
+    until = time.monotonic() + 60
+    while not wanted <= {e.body["request"] for e in registry.audit.read(kinds=["request"])}:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    registry.close()
+
+
 def refused(server, secret: str, path: str) -> None:
     """503, in JSON that says what it was."""
     data = ASKED["input"].flatten().tolist()
@@ -157,6 +172,7 @@ def test_a_server_over_it_restarts_and_outlives_its_absence(served, server, s3) 
     answers(served, server, secret, "b", deltas[1], "restarted-too")
     answers(served, server, secret, "a", deltas[0], "and-back")
 
+    recorded(server, {"before", "restarted", "restarted-too", "and-back"})
     s3.stop()
     try:
         # What is resident answers; what has to be fetched does not, and nothing is half done.

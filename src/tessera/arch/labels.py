@@ -47,7 +47,7 @@ def cotangents(
         first: Position of the block's first example, which keys the sampled labels.
         seed: Of the sampled labels.
     """
-    p = torch.softmax(z.float(), -1)
+    p = torch.softmax(z if z.dtype == torch.float64 else z.float(), -1)
     if not bool(torch.isfinite(p).all()):
         raise InputError(
             f"arch.anchor_from: the model's logits for examples {first} .. "

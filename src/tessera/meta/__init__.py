@@ -1,6 +1,7 @@
 """Meta-learning: inner loops that can be differentiated, implicit gradients, fast weights."""
 
 from tessera.meta.adapted import Adapted, MetaState
+from tessera.meta.compiled import MetaStep
 from tessera.meta.encoder import TaskEncoder
 from tessera.meta.fast import fastweights
 from tessera.meta.hvp import hvp
@@ -21,6 +22,7 @@ __all__ = [
     "InnerOpt",
     "LearnedRates",
     "MetaState",
+    "MetaStep",
     "TaskEncoder",
     "all_reduce_grads",
     "fastweights",

@@ -170,7 +170,6 @@ def _at_home(delta: Delta, root: nn.Module, top: nn.Module) -> Delta:
     return replace(delta, _home=[ref(root)])
 
 
-@torch.compiler.disable(reason="who asks must be seen at each call")  # type: ignore[untyped-decorator, no-untyped-call]  # torch
 def _twin(module: nn.Module) -> nn.Module | None:
     """What stands in for a module here and now; None outside of a scope."""
     state = _STATE.get()
@@ -241,18 +240,21 @@ def _give_class(module: nn.Module, cls: type) -> None:
 @cache
 def _scoped(cls: Any) -> Any:
     """The subclass of `cls` that asks for a twin; to whoever looks it goes by the same name."""
+    # Not at the top: torch.compiler brings the whole compiler, which an import need not wait for.
+    seen = "who asks must be seen at each call"
+    twin_of: Any = torch.compiler.disable(_twin, reason=seen)  # type: ignore[no-untyped-call]  # torch
 
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        twin = _twin(self)
+        twin = twin_of(self)
         return cls.__call__(self, *args, **kwargs) if twin is None else twin(*args, **kwargs)
 
     def call_impl(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        twin = _twin(self)  # torch.compile has kept the `__call__` there was
+        twin = twin_of(self)  # torch.compile has kept the `__call__` there was
         return cls._call_impl(self, *args, **kwargs) if twin is None else twin(*args, **kwargs)
 
     def read(self: Any, name: str) -> Any:
         # Of parameters, buffers and submodules alone: `nn.Module` keeps them elsewhere.
-        twin = _twin(self) if name in self.__dict__.get("_parameters", ()) else None
+        twin = twin_of(self) if name in self.__dict__.get("_parameters", ()) else None
         return cls.__getattr__(self, name) if twin is None else getattr(twin, name)
 
     def reduce(self: Any, _: Any) -> Any:

@@ -38,7 +38,8 @@ def maml_step(
     ``loss_fn(adapted(query.x), query.y).backward()`` then accumulates the meta-gradient in the
     model's ``.grad``. The model itself (parameters, gradients, buffers, mode) is never written to.
     Under `tg.no_grad()` the loop adapts all the same and keeps no graph. The forward must be a
-    function of its inputs: dropout that is on is refused.
+    function of its inputs: dropout that is on is refused. Inside `tg.capture` the loop is one node,
+    ``tessera.maml_step``; it then is `tg.SGD` at one rate, and the state has no losses.
 
     Args:
         model: Parameters with ``requires_grad=False`` are not adapted.
@@ -62,6 +63,7 @@ def maml_step(
         InputError: Bad shapes or arguments, or the loss reached no parameter that is adapted.
         UnknownNameError: `only` names nothing of the model, or there is no such `buffers`.
         NonFiniteError: A support loss is NaN or infinite; it says at which step.
+        GraphError: It is being captured, and is no loop that a node can hold.
 
     Source:
         Finn, Abbeel & Levine 2017, algorithm 1 (arXiv:1703.03400).

@@ -62,6 +62,7 @@ def maml_tasks(
         InputError: Bad shapes or arguments, or a loss reached no parameter that is adapted.
         UnknownNameError: `only` names nothing of the model, or there is no such `buffers`.
         NonFiniteError: A support loss is NaN or infinite; it says at which step and of which task.
+        GraphError: It is being captured; `maml_step` can be.
 
     Example:
         >>> from tessera import graph as tg
