@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -133,12 +133,38 @@ def build(program: Program, devices: Sequence[str], path: Path) -> None:
             raise Unbuilt(str(error)) from error
         command = [sys.executable, "-P", "-m", _WORKER, str(graph), str(out)]
         command += [json.dumps(list(devices)), str(torch.get_num_threads())]
-        inside = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-        code, said = _run(command, {**os.environ, **inside})
+        with _without_blanks(folder) as (packages, work):
+            inside = {"TORCHINDUCTOR_CACHE_DIR": work, "TRITON_CACHE_DIR": f"{work}/triton"}
+            if packages:
+                inside["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, *_python_path())))
+            code, said = _run(command, {**os.environ, **inside})
         if code != 0 or not out.exists():
             lines = said.decode(errors="replace").strip().splitlines()
             raise Unbuilt(f"its compilation failed ({lines[-1] if lines else f'exit {code}'})")
         os.replace(out, path)
+
+
+@contextlib.contextmanager
+def _without_blanks(folder: str) -> Iterator[tuple[str, str]]:
+    """Where torch lies ("": where it is found anyway), and `folder`, by names without a blank.
+
+    PyTorch gives both to the compiler unquoted.
+    """
+    packages = str(Path(torch.__file__).parents[1])
+    if " " not in packages + folder:
+        yield "", folder
+        return
+    with tempfile.TemporaryDirectory(prefix="tessera-") as short:
+        names = []
+        for name, target in (("packages", packages), ("work", folder)):
+            os.symlink(target, f"{short}/{name}", target_is_directory=True)
+            names.append(f"{short}/{name}")
+        yield names[0], names[1]
+
+
+def _python_path() -> list[str]:
+    """What the process would have had, and this package, wherever it is run from."""
+    return [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2])]
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, bytes]:
