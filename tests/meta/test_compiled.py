@@ -377,3 +377,10 @@ def test_compiled_for_real_and_found_again(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
         step(support, query)
     assert not file.exists()
+
+
+def test_on_a_gpu_it_stays_uncompiled_and_says_so():
+    elsewhere = [torch.zeros(2, device="meta")]
+    made = compiled_graph.Compiled(lambda given: None, elsewhere, background=False, held=None)
+    with pytest.warns(UserWarning, match="compiled for the CPU alone, and the batches are on meta"):
+        assert not made.ready()

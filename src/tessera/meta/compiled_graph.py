@@ -75,6 +75,7 @@ class Compiled:
         self._calls, self._done = 0, threading.Event()
         self._tensors: list[Tensor] = []
         try:
+            _require_cpu(given)
             program = self._traced(given)
         except Unbuilt as error:
             self._give_up(error)
@@ -183,6 +184,12 @@ class Compiled:
                 "right, and come later",
                 stacklevel=4,
             )
+
+
+def _require_cpu(given: Sequence[Tensor]) -> None:
+    """On an H200, with PyTorch 2.11, the loader of what was compiled ended the whole process."""
+    if any(t.device.type != "cpu" for t in given):
+        raise Unbuilt(f"it is compiled for the CPU alone, and the batches are on {given[0].device}")
 
 
 def _laid_out(t: Tensor) -> Tensor:
