@@ -6,6 +6,7 @@ TESSERA_TEST_DEVICE=cpu python -m pytest tests/gpu     # the tests themselves, a
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 
@@ -17,7 +18,6 @@ from tessera import arch, checkpoint, data, loss, meta, opt, peft, profiler, ran
 from tessera import graph as tg
 from tessera import ops as T
 from tessera.errors import InputError
-from tessera.serve.again import execute
 from tessera.serve.engine import Engine
 
 DEVICE = os.environ.get("TESSERA_TEST_DEVICE", "cuda")
@@ -142,6 +142,8 @@ def test_rows_of_a_stack_are_what_each_delta_gives_alone():
 
 
 def test_the_engine_isolates_tenants_and_computes_an_answer_again():
+    pytest.importorskip("alembic", reason="the extra serve is not installed")
+    execute = importlib.import_module("tessera.serve.again").execute
     model = net(DEVICE, torch.float32).eval()
     model = Named(model)
     deltas = {}

@@ -99,7 +99,7 @@ class S3:
 
     def __init__(self) -> None:
         self._port = _free_port()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes it
         self._process: subprocess.Popen[bytes] | None = None
         self._kept: dict[str, bytes] = {}
         self.url = f"http://127.0.0.1:{self._port}"

@@ -35,7 +35,8 @@ class MetaStep:
     depends on (the model, or the delta; learned rates; what `loss_fn` closes over).
 
     With `compile` the whole of it (inner loops, outer loss, gradient) is one graph, compiled by
-    PyTorch's inductor for each new shape of batches, and kept on disk for the next process. The
+    PyTorch's inductor for each new shape of batches, and kept on disk for the next process; on a
+    CPU only: elsewhere it runs uncompiled, with a warning. The
     first result of a compiled graph is compared with the uncompiled one, and so is every tenth,
     hundredth, and so on; where they disagree, or nothing can be compiled, there is a warning and
     the uncompiled one is used. A tensor may change its values between calls; what your functions
